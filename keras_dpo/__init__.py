@@ -1,0 +1,50 @@
+"""Direct Preference Optimization for Keras 3 on JAX, `fit`-style."""
+
+import os
+import pathlib
+import sys
+
+# The command owns its process and chooses the backend; an import leaves
+# a user's explicit choice alone and refuses it below.
+_is_command = pathlib.Path(sys.argv[0] if sys.argv else "").name in (
+    "keras-dpo",
+    "-m",
+)
+if _is_command and "keras" not in sys.modules:
+    os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras  # noqa: E402
+
+if keras.config.backend() != "jax":
+    raise ImportError(
+        "keras_dpo needs the JAX backend of Keras. Received: "
+        f"backend={keras.config.backend()!r}. Set the environment variable "
+        "KERAS_BACKEND=jax before Keras is imported."
+    )
+
+from keras_dpo import callbacks, data, distribution, losses  # noqa: E402
+from keras_dpo.config import DPOConfig  # noqa: E402
+from keras_dpo.data.dataset import PreferenceDataset  # noqa: E402
+from keras_dpo.dpo_model import DPOModel  # noqa: E402
+from keras_dpo.generation import generate  # noqa: E402
+from keras_dpo.preprocessor import DPOPreprocessor  # noqa: E402
+from keras_dpo.presets import load_policy, save_policy  # noqa: E402
+from keras_dpo.train import train  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPOConfig",
+    "DPOModel",
+    "DPOPreprocessor",
+    "PreferenceDataset",
+    "callbacks",
+    "data",
+    "distribution",
+    "generate",
+    "load_policy",
+    "losses",
+    "save_policy",
+    "train",
+]

@@ -1,0 +1,78 @@
+"""`ReferenceSync`: let the reference follow the policy."""
+
+from typing import Any
+
+import jax
+import keras
+
+
+class ReferenceSync(keras.callbacks.Callback):
+    """reference <- alpha * policy + (1 - alpha) * reference, every N steps.
+
+    With LoRA the adapters are mixed, which is all that differs. The first
+    sync comes after optimizer step `every`.
+
+    Args:
+        every: Optimizer steps between syncs.
+        alpha: Share of the policy, in (0, 1]. 1 is a copy.
+
+    Raises:
+        ValueError: An argument is out of range, or (when training begins) the
+            reference is precomputed or absent.
+
+    Example:
+
+    ```python
+    model.fit(train, callbacks=[
+        keras_dpo.callbacks.ReferenceSync(every=64, alpha=0.6)])
+    ```
+
+    Reference: [TR-DPO, Gorbatovski et al., 2024](
+    https://arxiv.org/abs/2404.09656), eq. 3 and 4.
+    """
+
+    # Only counts on most steps: training need not wait for it.
+    async_safe = True
+
+    def __init__(self, every: int = 64, alpha: float = 0.9) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(
+                f"`every` must be at least 1 step. Received: {every!r}."
+            )
+        if not 0 < alpha <= 1:
+            raise ValueError(
+                f"`alpha` must be in (0, 1]. Received: {alpha!r}."
+            )
+        self.every = every
+        self.alpha = alpha
+        self._steps = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        model = self.model
+        model._ensure_reference().variable_pairs()
+        optimizer = model.optimizer
+        self._per_update = optimizer.gradient_accumulation_steps or 1
+        if model.steps_per_execution != 1:
+            raise ValueError(
+                "ReferenceSync needs steps_per_execution=1, so that it sees "
+                f"every step. Received: {model.steps_per_execution}."
+            )
+        self._steps = int(optimizer.iterations.value) * self._per_update
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._steps += 1
+        if self._steps % (self.every * self._per_update) == 0:
+            # Reading `self.model` brings the variables up to date.
+            self.sync(self.model)
+
+    def sync(self, model: Any) -> None:
+        """Mix now."""
+        for reference, policy in model.reference.variable_pairs():
+            reference.assign(_mix(reference.value, policy.value, self.alpha))
+
+
+@jax.jit
+def _mix(reference: jax.Array, policy: jax.Array, alpha: float) -> jax.Array:
+    mixed = alpha * policy + (1.0 - alpha) * reference
+    return mixed.astype(reference.dtype)

@@ -1,0 +1,130 @@
+"""What is checked, and said aloud, before training starts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from keras_dpo.log_probs import Batch
+from keras_dpo.messages import say
+from keras_dpo.reference import NoReference, SnapshotReference
+
+
+def check_policy(policy: Any, reference: Any) -> None:
+    """Raise where `DPOModel` cannot be made of these two."""
+    if not isinstance(policy, keras.Model):
+        raise TypeError(
+            "`policy` must be a Keras model. Received: "
+            f"{type(policy).__name__}. Load one with "
+            "keras_dpo.load_policy(preset)."
+        )
+    if reference is policy:
+        raise ValueError(
+            "The reference must not be the policy itself: training would move "
+            'both. Use reference="initial" for the policy as it is now.'
+        )
+    known = reference in ("initial", "precomputed", None) or isinstance(
+        reference, keras.Model
+    )
+    if not known:
+        raise ValueError(
+            "`reference` must be 'initial', 'precomputed', None or a Keras "
+            f"model. Received: {reference!r}."
+        )
+    if not policy.trainable_variables:
+        raise ValueError(
+            "The policy has no trainable variable. Set policy.trainable = "
+            "True, or call policy.backbone.enable_lora(rank) (Keras-Hub finds "
+            "no layer to adapt in some families: name them with "
+            "target_layer_names)."
+        )
+
+
+def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
+    """Raise where training would silently do nothing, or the wrong thing."""
+    now = [v.path for v in policy.trainable_variables]
+    if now != wrapped:
+        raise ValueError(
+            "The policy's trainable variables changed after DPOModel(policy). "
+            f"Received: {len(wrapped)} then, {len(now)} now. Call enable_lora "
+            "or set `trainable` before DPOModel(policy), or make a new one."
+        )
+    short = [
+        v
+        for v in policy.trainable_variables
+        if v.dtype in ("bfloat16", "float16")
+    ]
+    if short:
+        raise ValueError(
+            "Trainable variables must be float32: Keras' Adam does not move "
+            f"16-bit ones. Received: {len(short)} in {short[0].dtype}, such as "
+            f"{short[0].path}. Load the policy with dtype='mixed_bfloat16', "
+            "or train LoRA adapters, which are float32."
+        )
+
+
+def report_start(
+    model: Any, print_fn: Callable[[str], None] | None = None
+) -> None:
+    """Say what the reference is and what is trained."""
+    print_fn = print_fn or say
+    reference = model._ensure_reference()
+    trained = model.trainable_variables
+    count = sum(int(np.prod(v.shape)) for v in trained)
+    total = sum(int(np.prod(v.shape)) for v in model.policy.weights)
+    print_fn(f"Reference: {reference.describe()}")
+    print_fn(
+        f"Trained: {count:,} of {total:,} parameters in {len(trained)} "
+        f"variables; loss {model.preference_loss!r}"
+    )
+    if isinstance(reference, NoReference) and (
+        model.preference_loss.needs_reference
+    ):
+        print_fn(
+            "The loss takes the reference's log-probs as zero: training is "
+            "reference-free."
+        )
+
+
+class FirstBatchCheck:
+    """At step 0 policy and reference are one: every reward must be 0."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def run(self, batch: Batch) -> None:
+        """Raise if the first batch's rewards or loss say otherwise."""
+        model = self.model
+        if not isinstance(model.reference, SnapshotReference):
+            return
+        from keras_dpo.distribution import distribute_batch
+
+        def rewards_and_losses(trainable: Any, frozen: Any, batch: Batch):
+            wanted = model._wanted
+            policy, reference, _, _ = model._forward(
+                trainable, frozen, batch, False, wanted
+            )
+            loss = model.preference_loss
+            return (
+                loss.rewards(policy, reference),
+                loss.per_pair(policy, reference),
+                loss.per_pair(policy, policy),
+            )
+
+        rewards, found, expected = jax.jit(rewards_and_losses)(
+            [v.value for v in model.trainable_variables],
+            [v.value for v in model.non_trainable_variables],
+            distribute_batch(batch),
+        )
+        largest = float(np.max(np.abs(np.asarray(rewards))))
+        gap = float(np.max(np.abs(np.asarray(found) - np.asarray(expected))))
+        if not (largest < 1e-3 and gap < 1e-3):
+            raise ValueError(
+                "Before the first step policy and reference must agree: every "
+                "reward 0, every loss at its value for margin 0. Received: a "
+                f"reward of {largest:.3g}, a loss {gap:.3g} off. The policy "
+                "changed after DPOModel(policy) (weights loaded, a step taken "
+                "elsewhere), or gives NaN. Make a new DPOModel(policy)."
+            )

@@ -1,0 +1,14 @@
+"""Preference data: sources, records, batches and what is wrong with them."""
+
+from keras_dpo.data.audit import audit
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.data.records import DataReport, normalize_records
+from keras_dpo.data.sources import read_rows
+
+__all__ = [
+    "DataReport",
+    "PreferenceDataset",
+    "audit",
+    "normalize_records",
+    "read_rows",
+]

@@ -1,0 +1,512 @@
+"""Records -> token ids, exactly as the model will see them at inference."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_dpo import chat_templates
+from keras_dpo.chat_templates import Messages, render
+from keras_dpo.data.layouts import Record
+from keras_dpo.data.records import EXTRA_FIELDS, ID_FIELDS
+from keras_dpo.tokenizers import (
+    HuggingFaceTokenizer,
+    TextTokenizer,
+    as_text_tokenizer,
+)
+
+# Stand-ins for control tokens that the data spells, while a text is rendered.
+STAND_IN = 0xF0000
+BATCH_SIZE = 512
+
+Segment = tuple[str, bool]
+
+
+class Tokenized(NamedTuple):
+    """One record as token ids.
+
+    Args:
+        prompt_ids: With BOS and the template's opening of the answer.
+        chosen_ids: With its end token, unless it was cut.
+        rejected_ids: Likewise.
+        chosen_scored: False where a user turn inside the completion stands;
+            None: all is scored.
+        rejected_scored: Likewise.
+        extras: weight, margin and reference log-probs, where given.
+        notes: What was done to it: names of counts.
+        dropped: Why it must be dropped, or None.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_scored: list[bool] | None = None
+    rejected_scored: list[bool] | None = None
+    extras: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+    dropped: str | None = None
+
+
+class DPOPreprocessor:
+    """Turns records of text, messages or ids into limited token ids.
+
+    Strings are taken as they are; message lists go through the chat template.
+
+    Args:
+        tokenizer: A Hugging Face fast tokenizer, a Keras-Hub tokenizer, or a
+            directory with a `tokenizer.json`. None: records hold ids already.
+        max_length: Tokens of prompt and completion together.
+        max_prompt_length: Tokens of the prompt; it is cut from the left, for
+            chats by whole turns. None: what `max_length` leaves.
+        max_completion_length: Tokens of a completion; it is cut from the
+            right and then has no end token. None: `max_length` less
+            `max_prompt_length`, or less the prompt's own length.
+        chat_template: `"auto"`, the tokenizer's own or its family's; the name
+            of one in `chat_templates.TEMPLATES`; or Jinja source.
+        on_overflow: `"truncate"`, `"drop"` or `"error"`, for what is longer
+            than the limits.
+
+    Raises:
+        ValueError: The limits contradict each other, or an option is unknown.
+
+    Example:
+
+    ```python
+    preprocessor = keras_dpo.DPOPreprocessor("path/to/model", max_length=1024)
+    model = keras_dpo.DPOModel(policy, preprocessor=preprocessor)
+    ```
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        max_length: int = 512,
+        max_prompt_length: int | None = 256,
+        max_completion_length: int | None = None,
+        chat_template: str | None = "auto",
+        on_overflow: str = "truncate",
+    ) -> None:
+        limits = {
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "max_completion_length": max_completion_length,
+        }
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(
+                    f"`{name}` must be at least 1. Received: {limit!r}."
+                )
+        if (max_prompt_length or 1) >= max_length:
+            raise ValueError(
+                "`max_prompt_length` must leave room for a completion. "
+                f"Received: max_prompt_length={max_prompt_length}, "
+                f"max_length={max_length}. Raise max_length."
+            )
+        if on_overflow not in ("truncate", "drop", "error"):
+            raise ValueError(
+                "`on_overflow` must be 'truncate', 'drop' or 'error'. "
+                f"Received: {on_overflow!r}."
+            )
+        self.tokenizer: TextTokenizer | None = (
+            None if tokenizer is None else as_text_tokenizer(tokenizer)
+        )
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
+        self.chat_template = chat_template
+        self.on_overflow = on_overflow
+        self._prepare_control_tokens()
+
+    @classmethod
+    def from_policy(
+        cls, policy: keras.Model, **options: Any
+    ) -> "DPOPreprocessor":
+        """With the policy's own tokenizer, or none where it has none."""
+        tokenizer = getattr(policy, "_huggingface_tokenizer", None)
+        if tokenizer is None:
+            theirs = getattr(policy, "preprocessor", None)
+            tokenizer = getattr(theirs, "tokenizer", None)
+        preprocessor = cls(tokenizer, **options)
+        preprocessor.adopt_family_template(policy)
+        return preprocessor
+
+    def adopt_family_template(self, policy: keras.Model) -> None:
+        """Take the family's template where the tokenizer carries none."""
+        tokenizer = self.tokenizer
+        if (
+            self.chat_template == "auto"
+            and tokenizer is not None
+            and tokenizer.chat_template is None
+        ):
+            self.chat_template = chat_templates.family_template(policy)
+
+    @property
+    def template(self) -> str:
+        """The Jinja source in use.
+
+        Raises:
+            ValueError: There is none.
+        """
+        choice = self.chat_template
+        if choice == "auto" and self.tokenizer is not None:
+            choice = self.tokenizer.chat_template
+        if choice is None or choice == "auto":
+            raise ValueError(
+                "Messages need a chat template, and neither the tokenizer nor "
+                "its family has one. Pass chat_template=, one of "
+                f"{', '.join(chat_templates.TEMPLATES)} or Jinja source."
+            )
+        return chat_templates.TEMPLATES.get(choice, choice)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer: EOS, and the template's end of turn."""
+        tokenizer = self._need_tokenizer()
+        ends = [tokenizer.eos_id]
+        if self.has_template():
+            turns = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ]
+            text = render(
+                self.template, turns, False, tokenizer.special_texts
+            )
+            after = text.rpartition("b")[2]
+            ends += [
+                token
+                for token in tokenizer.encode([after])[0]
+                if token in self._control_ids
+            ][:1]
+        return list(dict.fromkeys(ends))
+
+    def has_template(self) -> bool:
+        """Whether message lists can be rendered."""
+        try:
+            return bool(self.template)
+        except ValueError:
+            return False
+
+    # --- Text -> ids --------------------------------------------------------
+
+    def prompt_ids(self, prompt: str | Messages) -> list[int]:
+        """What the model sees before it answers; `generate` is fed these."""
+        return self._with_bos(self._encode([self._prompt_text(prompt)])[0])
+
+    def tokenize(
+        self, records: Iterable[Record], progress: bool = False
+    ) -> list[Tokenized]:
+        """Token ids of every record, in order.
+
+        Raises:
+            ValueError: A record is over a limit and `on_overflow="error"`, or
+                needs a tokenizer or a template that is not there.
+        """
+        records = list(records)
+        bar = None
+        if progress and len(records) > BATCH_SIZE:
+            bar = keras.utils.Progbar(len(records), unit_name="pair")
+        tokenized: list[Tokenized] = []
+        for start in range(0, len(records), BATCH_SIZE):
+            tokenized += self._tokenize(records[start : start + BATCH_SIZE])
+            if bar is not None:
+                bar.update(len(tokenized))
+        if self.on_overflow == "error":
+            for number, row in enumerate(tokenized):
+                cut = [note for note in row.notes if "truncated" in note]
+                if cut:
+                    raise ValueError(
+                        f"Record {number} is over the limit: {cut[0]}. "
+                        f"Received: max_length={self.max_length}, "
+                        f"max_prompt_length={self.max_prompt_length}, "
+                        f"max_completion_length={self.max_completion_length}. "
+                        "Raise them, or set on_overflow='truncate'."
+                    )
+        return tokenized
+
+    def _tokenize(self, records: list[Record]) -> list[Tokenized]:
+        """Encode one chunk of records in a few batched calls."""
+        texts: list[str] = []
+        plans: list[_Plan | None] = []
+        for record in records:
+            plan = None if "chosen_ids" in record else self._plan(record)
+            plans.append(plan)
+            texts += plan.texts if plan else []
+        encoded = iter(self._encode(texts))
+        rows = []
+        for record, plan in zip(records, plans, strict=True):
+            if plan is None:
+                row = Tokenized(*(list(record[field]) for field in ID_FIELDS))
+            else:
+                row = self._assemble(plan, [next(encoded) for _ in plan.texts])
+                if self._prompt_limit() < len(row.prompt_ids):
+                    row = self._shorten(record, row)
+            extras = {k: record[k] for k in EXTRA_FIELDS if k in record}
+            rows.append(self._limit(row._replace(extras=extras)))
+        return rows
+
+    def _plan(self, record: Record) -> "_Plan":
+        """The texts to encode for one record."""
+        prompt = self._prompt_text(record["prompt"])
+        # Text before the last control token cannot touch the completion.
+        tail = max(
+            (match.start() for match in self._control.finditer(prompt)),
+            default=0,
+        )
+        texts = [prompt, prompt[tail:]]
+        segments = []
+        for field in ("chosen", "rejected"):
+            parts = self._completion_segments(record, field, prompt)
+            segments.append(parts)
+            texts.append(prompt[tail:] + parts[0][0])
+            texts += [text for text, _ in parts]
+        escaped = any(self._stand_in.search(text) for text in texts)
+        return _Plan(texts, segments, escaped)
+
+    def _assemble(self, plan: "_Plan", parts: list[list[int]]) -> Tokenized:
+        """The ids of the plan's texts, put together."""
+        prompt, tail, parts = parts[0], parts[1], parts[2:]
+        notes = []
+        if plan.escaped:
+            notes.append("control tokens spelled in text, kept as text")
+        completions, scores = [], []
+        for segments in plan.segments:
+            joint, alone = parts[0], parts[1 : 1 + len(segments)]
+            parts = parts[1 + len(segments) :]
+            if joint[: len(tail)] == tail:
+                first = joint[len(tail) :]
+            else:
+                # The last prompt token would merge with the answer's first.
+                notes.append("merges across the prompt's end broken")
+                first = alone[0]
+            pieces = [first, *alone[1:]]
+            scored = [
+                flag
+                for piece, (_, flag) in zip(pieces, segments, strict=True)
+                for _ in piece
+            ]
+            ids = self._with_end([token for piece in pieces for token in piece])
+            scored = (scored + [True])[: len(ids)]
+            completions.append(ids)
+            scores.append(None if all(scored) else scored)
+        return Tokenized(
+            self._with_bos(prompt), *completions, *scores, notes=tuple(notes)
+        )
+
+    def _prompt_text(self, prompt: str | Messages) -> str:
+        if isinstance(prompt, str):
+            return self._escape(prompt)
+        return self._render(prompt, True)
+
+    def _completion_segments(
+        self, record: Record, field: str, prompt: str
+    ) -> list[Segment]:
+        """The completion's text in parts, each scored or not."""
+        completion = record[field]
+        if isinstance(completion, str):
+            return [(self._escape(completion), True)]
+        segments = []
+        before = prompt
+        for index, message in enumerate(completion):
+            turns = [*record["prompt"], *completion[: index + 1]]
+            following = completion[index + 1 : index + 2]
+            opens = bool(following) and following[0]["role"] == "assistant"
+            after = self._render(turns, opens)
+            if not after.startswith(before):
+                raise ValueError(
+                    "The chat template writes the prompt differently once the "
+                    f"answer follows ({field}). Received a prompt that ends "
+                    f"{before[-40:]!r}. Use a template that only appends."
+                )
+            scored = message["role"] == "assistant"
+            segments.append((after[len(before) :], scored))
+            before = after
+        return segments
+
+    def _render(self, messages: Messages, opens: bool) -> str:
+        tokenizer = self._need_tokenizer()
+        escaped = [
+            {key: self._escape(value) for key, value in message.items()}
+            for message in messages
+        ]
+        return render(self.template, escaped, opens, tokenizer.special_texts)
+
+    def _escape(self, text: str) -> str:
+        """Replace spelled control tokens by stand-ins that are no token."""
+        return self._control.sub(
+            lambda match: chr(STAND_IN + self._names.index(match.group())),
+            text,
+        )
+
+    def _prepare_control_tokens(self) -> None:
+        """Only the template writes control ids: see `_escape`."""
+        tokens = {} if self.tokenizer is None else self.tokenizer.control_tokens
+        self._control_ids = set(tokens.values())
+        self._names = sorted(tokens, key=len, reverse=True)
+        self._control = re.compile(
+            "|".join(map(re.escape, self._names)) or r"(?!)"
+        )
+        last = chr(STAND_IN + max(len(tokens) - 1, 0))
+        self._stand_in = re.compile(f"([{chr(STAND_IN)}-{last}])")
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts, with stand-ins encoded as the text they stand for."""
+        if not texts:
+            return []
+        tokenizer = self._need_tokenizer()
+        escaped = {
+            i: self._stand_in.split(text)
+            for i, text in enumerate(texts)
+            if self._stand_in.search(text)
+        }
+        plain = [text for i, text in enumerate(texts) if i not in escaped]
+        encoded = iter(tokenizer.encode(plain))
+        result = []
+        for i in range(len(texts)):
+            if i not in escaped:
+                result.append(next(encoded))
+                continue
+            ids: list[int] = []
+            for piece in filter(None, escaped[i]):
+                if self._stand_in.fullmatch(piece):
+                    name = self._names[ord(piece) - STAND_IN]
+                    ids += tokenizer.encode_plain(name)
+                else:
+                    ids += tokenizer.encode([piece])[0]
+            result.append(ids)
+        return result
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        bos = self._need_tokenizer().bos_id
+        if bos is None or ids[:1] == [bos]:
+            return ids
+        return [bos, *ids]
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        """End with one end token; templates write whitespace behind theirs."""
+        tokenizer = self._need_tokenizer()
+        ends = [i for i, t in enumerate(ids) if t in self._control_ids]
+        if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+            return ids[: ends[-1] + 1]
+        if ids[-1:] == [tokenizer.eos_id]:
+            return ids
+        return [*ids, tokenizer.eos_id]
+
+    def _need_tokenizer(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                "Records of text need a tokenizer. Received: tokenizer=None. "
+                "Pass DPOPreprocessor(tokenizer), or records with prompt_ids, "
+                "chosen_ids and rejected_ids."
+            )
+        return self.tokenizer
+
+    # --- Limits -------------------------------------------------------------
+
+    def _prompt_limit(self) -> int:
+        return self.max_prompt_length or self.max_length - 1
+
+    def _shorten(self, record: Record, row: Tokenized) -> Tokenized:
+        """Leave out the oldest turns of a chat that is too long."""
+        turns = record["prompt"]
+        if isinstance(turns, str):
+            return row
+        system = turns[:1] if turns[0]["role"] == "system" else []
+        rest = turns[len(system) :]
+        for start in range(1, len(rest)):
+            if rest[start]["role"] != "user":
+                continue
+            ids = self.prompt_ids([*system, *rest[start:]])
+            if len(ids) <= self._prompt_limit():
+                note = "prompts truncated at a turn"
+                return row._replace(prompt_ids=ids, notes=(*row.notes, note))
+        return row
+
+    def _limit(self, row: Tokenized) -> Tokenized:
+        """Cut what is over the limits, and say what was cut."""
+        notes = list(row.notes)
+        limit = self._prompt_limit()
+        prompt = row.prompt_ids
+        if len(prompt) > limit:
+            notes.append("prompts truncated inside a turn")
+            bos = self.tokenizer.bos_id if self.tokenizer else None
+            kept = prompt[-limit:]
+            if bos is not None and prompt[0] == bos:
+                kept = [bos, *prompt[1:][-(limit - 1) :]] if limit > 1 else kept
+            prompt = kept
+        room = self.max_length - len(prompt)
+        if self.max_completion_length is not None:
+            room = min(room, self.max_completion_length)
+        elif self.max_prompt_length is not None:
+            room = min(room, self.max_length - self.max_prompt_length)
+        changed: dict[str, Any] = {"prompt_ids": prompt}
+        for name in ("chosen", "rejected"):
+            ids = getattr(row, f"{name}_ids")
+            if len(ids) > room:
+                notes.append(f"{name} completions truncated")
+                changed[f"{name}_ids"] = ids[:room]
+                scored = getattr(row, f"{name}_scored")
+                if scored is not None:
+                    changed[f"{name}_scored"] = scored[:room]
+        row = row._replace(notes=tuple(notes), **changed)
+        return row._replace(dropped=self._drop_cause(row))
+
+    def _drop_cause(self, row: Tokenized) -> str | None:
+        cut = any("truncated" in note for note in row.notes)
+        if self.on_overflow == "drop" and cut:
+            return "over the limits"
+        if not row.prompt_ids:
+            return "without a prompt"
+        if not (row.chosen_ids and row.rejected_ids):
+            return "without a completion"
+        if row.chosen_ids == row.rejected_ids:
+            return "identical after tokenising" + (" and cutting" * cut)
+        for scored in (row.chosen_scored, row.rejected_scored):
+            if scored is not None and not any(scored):
+                return "without a scored token"
+        return None
+
+    # --- Saving -------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Options, and a Hugging Face tokenizer whole."""
+        tokenizer = None
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            tokenizer = self.tokenizer.get_config()
+        elif self.tokenizer is not None:
+            tokenizer = "policy"
+        return {
+            "tokenizer": tokenizer,
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "max_completion_length": self.max_completion_length,
+            "chat_template": self.chat_template,
+            "on_overflow": self.on_overflow,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], policy: keras.Model | None = None
+    ) -> "DPOPreprocessor":
+        """From `get_config`; a Keras-Hub tokenizer comes from the policy."""
+        config = dict(config)
+        tokenizer = config.pop("tokenizer")
+        if tokenizer == "policy":
+            tokenizer = policy.preprocessor.tokenizer
+        elif tokenizer is not None:
+            tokenizer = HuggingFaceTokenizer.from_config(tokenizer)
+        return cls(tokenizer, **config)
+
+
+class _Plan(NamedTuple):
+    """What to encode for one record, and how to read the result."""
+
+    texts: list[str]
+    segments: list[list[Segment]]
+    escaped: bool
+
+
+def count_notes(rows: Iterable[Tokenized]) -> Counter[str]:
+    """How many rows carry each note."""
+    return Counter(note for row in rows for note in dict.fromkeys(row.notes))

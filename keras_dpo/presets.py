@@ -1,0 +1,2 @@
+def load_policy(): pass
+def save_policy(): pass
