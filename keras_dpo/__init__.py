@@ -23,7 +23,8 @@ if keras.config.backend() != "jax":
         "KERAS_BACKEND=jax before Keras is imported."
     )
 
-from keras_dpo import callbacks, data, distribution, losses  # noqa: E402
+from keras_dpo import data  # noqa: E402, I001  (the preprocessor needs it)
+from keras_dpo import callbacks, distribution, losses  # noqa: E402
 from keras_dpo.config import DPOConfig  # noqa: E402
 from keras_dpo.data.dataset import PreferenceDataset  # noqa: E402
 from keras_dpo.dpo_model import DPOModel  # noqa: E402

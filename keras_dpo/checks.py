@@ -33,6 +33,11 @@ def check_policy(policy: Any, reference: Any) -> None:
             "`reference` must be 'initial', 'precomputed', None or a Keras "
             f"model. Received: {reference!r}."
         )
+    if not policy.built:
+        raise ValueError(
+            "The policy has no variables yet. Call it on a batch, or "
+            "policy.build(...), before DPOModel(policy)."
+        )
     if not policy.trainable_variables:
         raise ValueError(
             "The policy has no trainable variable. Set policy.trainable = "

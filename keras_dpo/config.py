@@ -1,1 +1,294 @@
-class DPOConfig: pass
+"""`DPOConfig`: every setting of a run, as one dataclass.
+
+The Python API, the YAML file, the command's flags and the saved
+`config.yaml` are all this class.
+"""
+
+import dataclasses
+from typing import Literal
+
+from keras_dpo import losses
+
+# Options that go to the loss, with the value that means "not set".
+LOSS_OPTIONS = {
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "f_divergence": "reverse_kl",
+    "f_alpha": 0.5,
+    "ld_alpha": None,
+    "wpo": False,
+    "tau": None,
+    "dpop_lambda": None,
+    "orpo_lambda": None,
+    "gamma": None,
+    "alpha": None,
+    "length_average": None,
+}
+
+
+@dataclasses.dataclass
+class DPOConfig:
+    """Settings of a preference-tuning run.
+
+    Args:
+        model_name: Name of the run, and of its directory.
+        repo_id: Policy: a Keras-Hub preset, `hf://owner/name`, or a
+            directory.
+        reference: `initial` (a snapshot of the policy), `precomputed`, or
+            `none`; see also `reference_model_repo_id`.
+        reference_model_repo_id: Another model as the reference.
+        refrence_model_repo_id: The same, as EasyDeL spells it.
+        dtype: `float32`, `bfloat16` (float32 masters of what is trained) or
+            `mixed_bfloat16`.
+        attn_mechanism: `vanilla`, `flash` or `auto`: Keras' flash attention
+            off, on, or as Keras decides.
+        lora_rank: Rank of LoRA adapters; 0 trains all weights.
+        lora_target_layers: Names of the layers to adapt; the family's default
+            (query and value) if left out.
+        dataset_name: Pairs to train on: a file, a hub dataset or `tfds:NAME`.
+        dataset_split: Such as `train[:10%]`.
+        validation_dataset_name: Pairs to validate on, if not a share of
+            `dataset_name`.
+        validation_split: Split of the validation pairs, or of `dataset_name`
+            if there is no `validation_dataset_name`.
+        column_map: Our field names -> the data's columns.
+        loss_type: Name of the loss, or several joined with commas.
+        loss_weights: Weights of several losses, joined with commas.
+        beta: Strength of the pull towards the reference.
+        label_smoothing: Assumed share of flipped labels.
+        f_divergence: `reverse_kl`, `forward_kl`, `js` or `alpha`.
+        f_alpha: The alpha of `f_divergence=alpha`.
+        ld_alpha: Weight of tokens beyond the shorter completion.
+        wpo: Whether to weigh pairs by the policy's own probability.
+        tau: Temperature of discopop.
+        dpop_lambda: Lambda of dpop.
+        orpo_lambda: Lambda of orpo.
+        gamma: Target margin of simpo.
+        alpha: Alpha of r_dpo, odpo, beta_dpo and cpo.
+        length_average: Whether ipo averages over tokens.
+        reference_free: Whether to build and run no reference.
+        sync_ref_model: Whether the reference follows the policy.
+        ref_model_sync_steps: Optimizer steps between syncs.
+        ref_model_mixup_alpha: Share of the policy in a sync.
+        disable_dropout: Whether dropout is off.
+        max_length: Tokens of prompt and completion together.
+        max_prompt_length: Tokens of the prompt.
+        max_completion_length: Tokens of a completion; `max_length` less
+            `max_prompt_length` if left out.
+        chat_template: `auto`, a template's name, or Jinja source.
+        on_overflow: `truncate`, `drop` or `error`.
+        learning_rate: Peak learning rate.
+        learning_rate_schedule: `constant`, `linear` or `cosine`.
+        warmup_ratio: Share of the steps that warm up.
+        weight_decay: Of AdamW.
+        clip_norm: Global gradient norm to clip at; none if left out.
+        total_batch_size: Pairs per optimizer step, over all devices and
+            accumulation steps.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        num_train_epochs: Passes through the data.
+        max_steps: Optimizer steps at most; all epochs if left out.
+        seed: Of the order, dropout and new adapters.
+        save_directory: Parent of the run's directory.
+        save_steps: Steps between saved policies; none if left out.
+        do_last_save: Whether to save the policy at the end.
+        log_steps: Steps between logged metrics.
+        evaluation_batch_size: Pairs per validation batch.
+        num_sample_prompts: Held-out prompts answered before and after.
+        max_new_tokens: Length of those answers.
+        use_wandb: Whether to log to Weights & Biases.
+        wandb_project: Its project.
+    """
+
+    model_name: str = "DPOTrainer"
+    repo_id: str = ""
+    reference: Literal["initial", "precomputed", "none"] = "initial"
+    reference_model_repo_id: str | None = None
+    refrence_model_repo_id: str | None = None
+    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] = "float32"
+    attn_mechanism: Literal["vanilla", "flash", "auto"] = "vanilla"
+    lora_rank: int = 0
+    lora_target_layers: list[str] | None = None
+
+    dataset_name: str = ""
+    dataset_split: str = "train"
+    validation_dataset_name: str | None = None
+    validation_split: str | None = None
+    column_map: dict[str, str] | None = None
+
+    loss_type: str = "sigmoid"
+    loss_weights: str | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = (
+        "reverse_kl"
+    )
+    f_alpha: float = 0.5
+    ld_alpha: float | None = None
+    wpo: bool = False
+    tau: float | None = None
+    dpop_lambda: float | None = None
+    orpo_lambda: float | None = None
+    gamma: float | None = None
+    alpha: float | None = None
+    length_average: bool | None = None
+    reference_free: bool = False
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 64
+    ref_model_mixup_alpha: float = 0.9
+    disable_dropout: bool = True
+
+    max_length: int = 512
+    max_prompt_length: int = 256
+    max_completion_length: int | None = None
+    chat_template: str = "auto"
+    on_overflow: Literal["truncate", "drop", "error"] = "truncate"
+
+    learning_rate: float = 1e-6
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    total_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: int = 3
+    max_steps: int | None = None
+    seed: int = 0
+
+    save_directory: str = "dpo_checkpoints"
+    save_steps: int | None = None
+    do_last_save: bool = True
+    log_steps: int = 50
+    evaluation_batch_size: int | None = None
+    num_sample_prompts: int = 3
+    max_new_tokens: int = 64
+    use_wandb: bool = False
+    wandb_project: str = "keras-dpo"
+
+    def __post_init__(self) -> None:
+        if self.refrence_model_repo_id and not self.reference_model_repo_id:
+            self.reference_model_repo_id = self.refrence_model_repo_id
+        self._check_numbers()
+        self._check_flags_that_go_together()
+        self.make_loss()
+
+    def _check_numbers(self) -> None:
+        positive = (
+            "beta",
+            "learning_rate",
+            "total_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+            "ref_model_sync_steps",
+            "max_length",
+            "max_prompt_length",
+            "log_steps",
+            "max_steps",
+            "save_steps",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(
+                    f"`{name}` must be above 0. Received: {value!r}."
+                )
+        if self.total_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                "`total_batch_size` must divide into "
+                "`gradient_accumulation_steps` micro-batches. Received: "
+                f"{self.total_batch_size} and "
+                f"{self.gradient_accumulation_steps}."
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(
+                "`warmup_ratio` must be in [0, 1). Received: "
+                f"{self.warmup_ratio!r}."
+            )
+        name = self.model_name
+        if not name or name in (".", "..") or "/" in name or "\\" in name:
+            raise ValueError(
+                "`model_name` must be a plain directory name. Received: "
+                f"{name!r}."
+            )
+
+    def unread_flags(self) -> list[str]:
+        """One line for each setting that this run does not read."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        names = []
+        if not self.sync_ref_model:
+            names += ["ref_model_sync_steps", "ref_model_mixup_alpha"]
+        return [
+            f"`{name}`={getattr(self, name)} has no effect: sync_ref_model is "
+            "off."
+            for name in names
+            if getattr(self, name) != defaults[name]
+        ]
+
+    def _check_flags_that_go_together(self) -> None:
+        """Settings that contradict each other are an error."""
+        without = self.reference_free or self.reference == "none"
+        if self.reference_model_repo_id and (
+            without or self.reference == "precomputed"
+        ):
+            raise ValueError(
+                "`reference_model_repo_id` has no effect together with "
+                f"reference={self.reference!r}, reference_free="
+                f"{self.reference_free}. Leave one of them out."
+            )
+        if self.sync_ref_model and (without or self.reference != "initial"):
+            raise ValueError(
+                "`sync_ref_model` needs a reference that is kept. Received: "
+                f"reference={self.reference!r}, reference_free="
+                f"{self.reference_free}. A precomputed reference cannot be "
+                "synced: use reference=initial."
+            )
+        if self.lora_target_layers and not self.lora_rank:
+            raise ValueError(
+                "`lora_target_layers` has no effect without lora_rank. "
+                f"Received: {self.lora_target_layers!r}."
+            )
+
+    def make_loss(self) -> losses.PreferenceLoss:
+        """The loss that the options describe.
+
+        Raises:
+            ValueError: A name is unknown, or an option is set that none of
+                the losses reads.
+        """
+        names = [name.strip() for name in self.loss_type.split(",")]
+        if len(names) == 1 and self.loss_weights is not None:
+            raise ValueError(
+                "`loss_weights` has no effect on one loss. Received: "
+                f"loss_type={self.loss_type!r}, "
+                f"loss_weights={self.loss_weights!r}."
+            )
+        options = {
+            name: getattr(self, name)
+            for name, unset in LOSS_OPTIONS.items()
+            if getattr(self, name) != unset
+        }
+        if len(names) == 1:
+            return losses.get(names[0], **options)
+        read: set[str] = set()
+        parts = []
+        for name in names:
+            losses.get(name)  # An unknown name is reported first.
+            known = losses.option_names(losses.LOSSES[name])
+            own = {k: v for k, v in options.items() if k in known}
+            read |= set(own)
+            parts.append(losses.get(name, **own))
+        unread = sorted(set(options) - read)
+        if unread:
+            raise ValueError(
+                f"None of the losses {self.loss_type} reads "
+                f"{', '.join(unread)}."
+            )
+        weights = [1.0] * len(parts)
+        if self.loss_weights is not None:
+            try:
+                weights = [float(x) for x in self.loss_weights.split(",")]
+            except ValueError as error:
+                raise ValueError(
+                    "`loss_weights` must be numbers joined with commas. "
+                    f"Received: {self.loss_weights!r}."
+                ) from error
+        return losses.WeightedSum(parts, weights)

@@ -81,6 +81,7 @@ class DPOModel(keras.Model):
         kwargs.setdefault("dtype", policy.dtype_policy)
         super().__init__(**kwargs)
         check_policy(policy, reference)
+        _mark_preprocessor_built(policy)
         self.policy = policy
         self.reference_choice = (
             reference if isinstance(reference, str | None) else "model"
@@ -350,6 +351,18 @@ class DPOModel(keras.Model):
         mapping = zip(self.metrics_variables, metrics, strict=True)
         with keras.StatelessScope(state_mapping=list(mapping)):
             return {metric.name: metric.result() for metric in self.metrics}
+
+    def metric_totals(self) -> dict[str, tuple[float, float]]:
+        """Name -> (weighted sum, sum of weights) since the epoch began.
+
+        Inside `fit` it reads the step's own state and copies nothing else.
+        """
+        state = getattr(self, "_jax_state", None)
+        values = (state or {}).get("metrics_variables")
+        if values is None:
+            values = [v.value for v in self.metrics_variables]
+        numbers = iter(np.asarray(jax.device_get(values)).tolist())
+        return {m.name: (next(numbers), next(numbers)) for m in self.metrics}
 
     # --- The steps that Keras calls -----------------------------------------
 
@@ -642,6 +655,18 @@ class _EpochOfDataset(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.dataset.epoch = epoch
+
+
+def _mark_preprocessor_built(policy: keras.Model) -> None:
+    """Keras would run a model with an unbuilt layer once, on a batch."""
+    preprocessor = getattr(policy, "preprocessor", None)
+    if preprocessor is None:
+        return
+    if not preprocessor.built:
+        preprocessor.build(None)
+    for layer in preprocessor._flatten_layers(include_self=False):
+        if not layer.built:
+            layer.build(None)
 
 
 def _add_callbacks(callbacks: Any, own: list[keras.callbacks.Callback]) -> Any:

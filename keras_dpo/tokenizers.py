@@ -5,6 +5,10 @@ from typing import Any
 
 import keras
 
+# Keras-Hub's Llama3Tokenizer wants these in every vocabulary; `save_policy`
+# adds them, beyond the embedding, where they are not the model's own.
+LLAMA3_DEFAULT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>")
+
 
 class TextTokenizer:
     """What the preprocessor asks of a tokenizer.
@@ -133,7 +137,11 @@ class KerasHubTokenizer(TextTokenizer):
                 ", which may split text otherwise than the model's own "
                 "tokenizer.json; keras_dpo.load_policy(directory) uses that"
             )
-        self.vocabulary_size = tokenizer.vocabulary_size()
+        self.vocabulary_size = 1 + max(
+            tokenizer.token_to_id(name)
+            for name in tokenizer.get_vocabulary()
+            if name not in LLAMA3_DEFAULT_TOKENS
+        )
         self.bos_id = getattr(tokenizer, "start_token_id", None)
         self.eos_id = tokenizer.end_token_id
         self.chat_template = None

@@ -1,1 +1,325 @@
-def train(config): raise NotImplementedError
+"""Config -> trained model."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import keras
+import yaml
+
+from keras_dpo import callbacks as dpo_callbacks
+from keras_dpo.callbacks.generation_samples import sample_answers
+from keras_dpo.config import DPOConfig
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.data.sources import read_rows
+from keras_dpo.dpo_model import DPOModel
+from keras_dpo.messages import say
+from keras_dpo.preprocessor import DPOPreprocessor
+from keras_dpo.presets import load_policy, save_policy
+from keras_dpo.report import write_report
+from keras_dpo.schedules import WarmupThenDecay
+
+
+class TrainingRun(NamedTuple):
+    """What `train` leaves in memory; the same is on disk in `directory`."""
+
+    model: DPOModel
+    history: dict[str, list[float]]
+    directory: pathlib.Path
+
+
+def train(config: DPOConfig) -> TrainingRun:
+    """Preference-tune a policy as a config says.
+
+    Writes `config.yaml`, `metrics.jsonl`, `policy/`, `checkpoints/` and
+    `report.html` to `<save_directory>/<model_name>/`.
+
+    Raises:
+        ValueError: A setting, the data or the model is wrong.
+    """
+    require(config, "repo_id", "dataset_name")
+    directory = pathlib.Path(config.save_directory) / config.model_name
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(config, directory / "config.yaml")
+    for line in config.unread_flags():
+        say(f"Note: {line}")
+    keras.utils.set_random_seed(config.seed)
+    choose_attention(config.attn_mechanism)
+    policy = make_policy(config)
+    preprocessor = make_preprocessor(config, policy)
+    training, validation = make_datasets(config, preprocessor)
+    model = make_model(config, policy, preprocessor)
+    steps = total_steps(config, training)
+    model.compile(
+        optimizer=make_optimizer(config, steps),
+        loss=config.make_loss(),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    prompts = sample_prompts(config, validation or training)
+    before = sample_answers(model, prompts, None, config.max_new_tokens)
+    loggers = make_callbacks(config, directory, steps)
+    wandb_logger = next(
+        (x for x in loggers if isinstance(x, dpo_callbacks.WandbLogger)), None
+    )
+    history = model.fit(
+        training,
+        epochs=config.num_train_epochs,
+        validation_data=validation,
+        validation_batch_size=validation.batch_size if validation else None,
+        callbacks=loggers,
+    ).history
+    after = sample_answers(model, prompts, None, config.max_new_tokens)
+    show_answers(before, after)
+    if wandb_logger is not None:
+        if after:
+            wandb_logger.log_samples(steps, after)
+        wandb_logger.close()
+    if config.do_last_save:
+        save_policy(policy, directory / "policy", preprocessor)
+        say(f"Policy: {directory / 'policy'}")
+    write_report(
+        directory,
+        title=config.model_name,
+        data_lines=training.report.lines(),
+        before=before,
+        after=after,
+    )
+    say(f"Report: {directory / 'report.html'}")
+    return TrainingRun(model, history, directory)
+
+
+def evaluate(config: DPOConfig) -> dict[str, float]:
+    """Loss and metrics of a policy against a config's reference and pairs.
+
+    Raises:
+        ValueError: A setting, the data or the model is wrong.
+    """
+    require(config, "repo_id", "dataset_name")
+    choose_attention(config.attn_mechanism)
+    policy = make_policy(config)
+    preprocessor = make_preprocessor(config, policy)
+    model = make_model(config, policy, preprocessor)
+    model.compile(loss=config.make_loss())
+    dataset = PreferenceDataset(
+        read_rows(config.dataset_name, config.dataset_split),
+        preprocessor,
+        config.evaluation_batch_size or config.total_batch_size,
+        shuffle=False,
+        column_map=config.column_map,
+    )
+    return model.evaluate(dataset, return_dict=True)
+
+
+def require(config: DPOConfig, *names: str) -> None:
+    """Raise where a setting that has no default is missing."""
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"`{name}` is missing: give --{name}.")
+
+
+def write_config(config: DPOConfig, path: pathlib.Path) -> None:
+    """Write the config beside its place and rename it there."""
+    beside = path.with_suffix(".writing")
+    beside.write_text(
+        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    )
+    os.replace(beside, path)
+
+
+def choose_attention(mechanism: str) -> None:
+    """Switch Keras' flash attention, and say what runs."""
+    if mechanism == "flash":
+        keras.config.enable_flash_attention()
+    elif mechanism == "vanilla":
+        keras.config.disable_flash_attention()
+    say(f"Attention: {mechanism}")
+
+
+def make_policy(config: DPOConfig) -> keras.Model:
+    """The policy, with LoRA if asked for."""
+    dtype = config.dtype
+    if dtype == "bfloat16" and not config.lora_rank:
+        dtype = "mixed_bfloat16"
+        say(
+            "dtype: mixed_bfloat16 (computed in bfloat16; what is trained "
+            "stays float32, for Adam does not move 16-bit weights)"
+        )
+    policy = load_policy(config.repo_id, dtype)
+    if config.lora_rank:
+        policy.backbone.enable_lora(
+            config.lora_rank, config.lora_target_layers
+        )
+    return policy
+
+
+def make_preprocessor(
+    config: DPOConfig, policy: keras.Model
+) -> DPOPreprocessor:
+    """The preprocessor, with the policy's own tokenizer."""
+    preprocessor = DPOPreprocessor.from_policy(
+        policy,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        chat_template=config.chat_template,
+        on_overflow=config.on_overflow,
+    )
+    if preprocessor.tokenizer is not None:
+        say(f"Tokenizer: {preprocessor.tokenizer.name}")
+    return preprocessor
+
+
+def make_datasets(
+    config: DPOConfig, preprocessor: DPOPreprocessor
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """The training pairs and, if asked for, the validation pairs."""
+
+    def make(name: str, split: str | None, size: int, shuffle: bool) -> Any:
+        return PreferenceDataset(
+            read_rows(name, split),
+            preprocessor,
+            size,
+            shuffle=shuffle,
+            seed=config.seed,
+            column_map=config.column_map,
+        )
+
+    training = make(
+        config.dataset_name, config.dataset_split, config.total_batch_size, True
+    )
+    name = config.validation_dataset_name
+    if name is None and config.validation_split is None:
+        return training, None
+    size = config.evaluation_batch_size or (
+        config.total_batch_size // config.gradient_accumulation_steps
+    )
+    validation = make(
+        name or config.dataset_name,
+        config.validation_split or "train",
+        size,
+        False,
+    )
+    shared = {tuple(pair.prompt_ids) for pair in training.pairs} & {
+        tuple(pair.prompt_ids) for pair in validation.pairs
+    }
+    if shared:
+        say(f"Note: {len(shared)} validation prompts are in the training set")
+    return training, validation
+
+
+def make_model(
+    config: DPOConfig, policy: keras.Model, preprocessor: DPOPreprocessor
+) -> DPOModel:
+    """The policy beside its reference."""
+    reference: Any = config.reference
+    if config.reference_free or reference == "none":
+        reference = None
+    elif config.reference_model_repo_id:
+        reference = load_policy(config.reference_model_repo_id, config.dtype)
+    return DPOModel(
+        policy,
+        reference,
+        preprocessor=preprocessor,
+        disable_dropout=config.disable_dropout,
+    )
+
+
+def total_steps(config: DPOConfig, training: PreferenceDataset) -> int:
+    """Optimizer steps of the whole run."""
+    steps = training.num_batches * config.num_train_epochs
+    return min(steps, config.max_steps or steps)
+
+
+def make_optimizer(config: DPOConfig, steps: int) -> keras.Optimizer:
+    """AdamW with the config's schedule."""
+    schedule: Any = config.learning_rate
+    if config.learning_rate_schedule != "constant" or config.warmup_ratio:
+        schedule = WarmupThenDecay(
+            config.learning_rate,
+            steps,
+            warmup_steps=math.ceil(config.warmup_ratio * steps),
+            decay=config.learning_rate_schedule,
+        )
+    return keras.optimizers.AdamW(
+        schedule,
+        weight_decay=config.weight_decay,
+        global_clipnorm=config.clip_norm,
+    )
+
+
+def make_callbacks(
+    config: DPOConfig, directory: pathlib.Path, steps: int
+) -> list[keras.callbacks.Callback]:
+    """Logging, saving and syncing as the config says."""
+    metrics = directory / "metrics.jsonl"
+    # A run of its own; what an earlier one left is kept beside.
+    if metrics.exists():
+        os.replace(metrics, directory / "metrics.previous.jsonl")
+    every = min(config.log_steps, steps)
+    chosen: list[keras.callbacks.Callback] = [
+        dpo_callbacks.MetricsFile(metrics, every),
+        StopAfter(steps),
+    ]
+    if config.sync_ref_model:
+        chosen.append(
+            dpo_callbacks.ReferenceSync(
+                config.ref_model_sync_steps, config.ref_model_mixup_alpha
+            )
+        )
+    if config.save_steps:
+        chosen.append(
+            dpo_callbacks.PolicyCheckpoint(
+                directory / "checkpoints", config.save_steps
+            )
+        )
+    if config.use_wandb:
+        chosen.append(
+            dpo_callbacks.WandbLogger(
+                config.wandb_project,
+                config.model_name,
+                dataclasses.asdict(config),
+                every,
+                str(directory),
+            )
+        )
+    return chosen
+
+
+class StopAfter(keras.callbacks.Callback):
+    """Ends training after a number of optimizer steps."""
+
+    async_safe = True
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self._done = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._done += 1
+        if self._done >= self.steps:
+            # Not `self.model`, which would copy the whole state.
+            self._model.stop_training = True
+
+
+def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:
+    """A few prompts, of rows that hold text."""
+    prompts = [r["prompt"] for r in dataset.records if "prompt" in r]
+    fitting = [
+        prompt
+        for prompt, pair in zip(prompts, dataset.pairs, strict=False)
+        if not any("prompts truncated" in note for note in pair.notes)
+    ]
+    return fitting[: config.num_sample_prompts]
+
+
+def show_answers(
+    before: list[dict[str, str]], after: list[dict[str, str]]
+) -> None:
+    """Print answers from before and after training."""
+    for old, new in zip(before, after, strict=True):
+        say(f"Prompt: {new['prompt']}")
+        say(f"  before: {old['policy']}")
+        say(f"  after:  {new['policy']}")

@@ -1,5 +1,16 @@
 """Keras callbacks for preference training."""
 
+from keras_dpo.callbacks.generation_samples import GenerationSamples
+from keras_dpo.callbacks.policy_checkpoint import PolicyCheckpoint
 from keras_dpo.callbacks.reference_sync import ReferenceSync
+from keras_dpo.callbacks.step_logger import MetricsFile, StepLogger
+from keras_dpo.callbacks.wandb_logger import WandbLogger
 
-__all__ = ["ReferenceSync"]
+__all__ = [
+    "GenerationSamples",
+    "MetricsFile",
+    "PolicyCheckpoint",
+    "ReferenceSync",
+    "StepLogger",
+    "WandbLogger",
+]

@@ -1,1 +1,148 @@
-def audit(): pass
+"""What is in the data, and what is wrong with it."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from keras_dpo.data.dataset import PreferenceDataset
+
+COLORS = {"prompt": "\033[2m", "scored": "\033[32m", "control": "\033[35m"}
+RESET = "\033[0m"
+
+
+@dataclasses.dataclass
+class Audit:
+    """Numbers about a dataset as it will be trained on.
+
+    Args:
+        lines: The report, a line each.
+        numbers: The same for programs.
+        prompt_histogram: (upper bound, pairs) of prompt lengths, in tokens.
+        completion_histogram: The same of completions.
+    """
+
+    lines: list[str]
+    numbers: dict[str, float]
+    prompt_histogram: list[tuple[int, int]]
+    completion_histogram: list[tuple[int, int]]
+
+
+def audit(
+    dataset: PreferenceDataset, validation: PreferenceDataset | None = None
+) -> Audit:
+    """Look at a dataset, and at what it shares with a validation set."""
+    pairs = dataset.pairs
+    prompts = [len(pair.prompt_ids) for pair in pairs]
+    chosen = np.array([len(pair.chosen_ids) for pair in pairs])
+    rejected = np.array([len(pair.rejected_ids) for pair in pairs])
+    seen = Counter(tuple(pair.prompt_ids) for pair in pairs)
+    margins = [pair.extras.get("margin") for pair in pairs]
+    numbers: dict[str, float] = {
+        "pairs": len(pairs),
+        "duplicate_prompts": sum(n - 1 for n in seen.values()),
+        "empty_answers": _empty_answers(dataset.records),
+        "chosen_longer_share": float(np.mean(chosen > rejected)),
+        "mean_prompt_tokens": float(np.mean(prompts)),
+        "mean_chosen_tokens": float(chosen.mean()),
+        "mean_rejected_tokens": float(rejected.mean()),
+        "score_inversions": sum(m is not None and m < 0 for m in margins),
+        "padding_waste": padding_waste(dataset),
+        "buckets": len(dataset.shapes),
+    }
+    if validation is not None:
+        theirs = {tuple(pair.prompt_ids) for pair in validation.pairs}
+        numbers["prompts_shared_with_validation"] = len(theirs & set(seen))
+    lines = [*dataset.report.lines(), *_sentences(numbers, dataset)]
+    return Audit(
+        lines, numbers, _histogram(prompts), _histogram([*chosen, *rejected])
+    )
+
+
+def _sentences(
+    numbers: dict[str, float], dataset: PreferenceDataset
+) -> list[str]:
+    shapes = ", ".join(f"{length} ({t})" for length, t in dataset.shapes)
+    lines = [
+        f"Pairs: {numbers['pairs']:.0f}; mean tokens: prompt "
+        f"{numbers['mean_prompt_tokens']:.0f}, chosen "
+        f"{numbers['mean_chosen_tokens']:.0f}, rejected "
+        f"{numbers['mean_rejected_tokens']:.0f}",
+        f"Chosen longer than rejected: {numbers['chosen_longer_share']:.0%}",
+        f"Buckets, length (completion): {shapes}; padded to "
+        f"{numbers['padding_waste']:.2f} x the real tokens",
+    ]
+    notes = {
+        "duplicate_prompts": "pairs repeat another pair's prompt",
+        "empty_answers": "answers are empty",
+        "score_inversions": "pairs score the rejected answer higher",
+        "prompts_shared_with_validation": "prompts are in the validation set",
+    }
+    for name, meaning in notes.items():
+        if numbers.get(name):
+            lines.append(f"Note: {numbers[name]:.0f} {meaning}")
+    return lines
+
+
+def _empty_answers(records: list[dict[str, Any]]) -> int:
+    count = 0
+    for record in records:
+        for side in ("chosen", "rejected"):
+            answer = record.get(side, "x")
+            if isinstance(answer, list):
+                answer = "".join(message["content"] for message in answer)
+            count += not answer.strip()
+    return count
+
+
+def padding_waste(dataset: PreferenceDataset) -> float:
+    """Tokens of all padded rows of an epoch, over the real ones."""
+    padded = real = 0
+    for index in range(dataset.batches_per_pass):
+        batch = dataset[index]
+        padded += batch["token_ids"].size
+        used = batch["weight"] > 0
+        lengths = batch["prompt_lengths"] + batch["completion_lengths"]
+        real += int(lengths[used].sum())
+    return padded / max(real, 1)
+
+
+def _histogram(lengths: list[int]) -> list[tuple[int, int]]:
+    bounds = [16 * 2**i for i in range(12)]
+    counts = Counter(next(b for b in bounds if n <= b or b == bounds[-1])
+                     for n in lengths)
+    last = max(counts)
+    return [(b, counts.get(b, 0)) for b in bounds if b <= last]
+
+
+def render_pair(dataset: PreferenceDataset, index: int) -> str:
+    """One pair as the model sees it: prompt dim, scored tokens green, control
+    tokens magenta."""
+    pair, tokenizer = dataset.pairs[index], dataset.preprocessor.tokenizer
+
+    def show(ids: list[int], kind: str, scored: Any = None) -> str:
+        if tokenizer is None:
+            return COLORS[kind] + " ".join(map(str, ids)) + RESET
+        control = set(tokenizer.control_tokens.values())
+        text, run = "", []
+        for position, token in enumerate([*ids, None]):
+            if token is not None and token not in control:
+                run.append(token)
+                continue
+            if run:
+                text += COLORS[kind] + tokenizer.decode(run, False) + RESET
+                run = []
+            if token is not None:
+                mark = COLORS["control"]
+                text += mark + tokenizer.decode([token], False) + RESET
+            del position
+        return text
+
+    lines = [show(pair.prompt_ids, "prompt")]
+    for name, ids in (
+        ("chosen", pair.chosen_ids),
+        ("rejected", pair.rejected_ids),
+    ):
+        lines.append(f"{name}: {show(ids, 'scored')}")
+    return "\n".join(lines)

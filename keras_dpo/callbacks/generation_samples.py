@@ -1,0 +1,124 @@
+"""`GenerationSamples`: what the policy says now, beside the reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_dpo.chat_templates import Messages
+from keras_dpo.generation import generate
+from keras_dpo.messages import say
+from keras_dpo.preprocessor import DPOPreprocessor
+from keras_dpo.reference import ModelReference, SnapshotReference
+
+Samples = list[dict[str, str]]
+
+
+class GenerationSamples(keras.callbacks.Callback):
+    """Answers a few prompts every N steps, policy beside reference.
+
+    Args:
+        prompts: Strings or message lists.
+        every: Optimizer steps between samples. None: when training begins
+            and ends.
+        preprocessor: The model's own if left out.
+        max_new_tokens: Tokens of an answer at most.
+        sampler: A Keras-Hub sampler or its name.
+        on_samples: Called with (step, samples), besides printing.
+
+    Attributes:
+        samples: Step -> list of prompt, policy and reference texts.
+    """
+
+    async_safe = True
+
+    def __init__(
+        self,
+        prompts: Sequence[str | Messages],
+        every: int | None = None,
+        preprocessor: DPOPreprocessor | None = None,
+        max_new_tokens: int = 64,
+        sampler: Any = "greedy",
+        on_samples: Callable[[int, Samples], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.prompts = list(prompts)
+        self.every = every
+        self.preprocessor = preprocessor
+        self.max_new_tokens = max_new_tokens
+        self.sampler = sampler
+        self.on_samples = on_samples
+        self.samples: dict[int, Samples] = {}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._step = int(self.model.optimizer.iterations.value)
+        if self.every is None:
+            self._sample()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._step += 1
+        if self.every is not None and self._step % self.every == 0:
+            self._sample()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if self._step not in self.samples:
+            self._sample()
+
+    def _sample(self) -> None:
+        # Reading `self.model` brings the variables up to date.
+        samples = sample_answers(
+            self.model,
+            self.prompts,
+            self.preprocessor,
+            self.max_new_tokens,
+            self.sampler,
+        )
+        self.samples[self._step] = samples
+        for sample in samples:
+            say(f"Step {self._step}, prompt: {sample['prompt']}")
+            for side in ("policy", "reference"):
+                if side in sample:
+                    say(f"  {side}: {sample[side]}")
+        if self.on_samples is not None:
+            self.on_samples(self._step, samples)
+
+
+def sample_answers(
+    model: Any,
+    prompts: Sequence[str | Messages],
+    preprocessor: DPOPreprocessor | None = None,
+    max_new_tokens: int = 64,
+    sampler: Any = "greedy",
+) -> Samples:
+    """Prompt, policy's and (where there is one) reference's answer."""
+    preprocessor = preprocessor or model.preprocessor
+
+    def answer(policy: keras.Model) -> list[str]:
+        return generate(policy, preprocessor, prompts, max_new_tokens, sampler)
+
+    columns = {"policy": answer(model.policy)}
+    reference = model._ensure_reference()
+    if isinstance(reference, ModelReference):
+        columns["reference"] = answer(reference.model)
+    elif isinstance(reference, SnapshotReference):
+        pairs = reference.variable_pairs()
+        own = [policy.value for _, policy in pairs]
+        try:
+            for snapshot, policy in pairs:
+                policy.assign(snapshot.value)
+            columns["reference"] = answer(model.policy)
+        finally:
+            for value, (_, policy) in zip(own, pairs, strict=True):
+                policy.assign(value)
+    return [
+        {
+            "prompt": prompt_text(prompt),
+            **{side: texts[i] for side, texts in columns.items()},
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def prompt_text(prompt: str | Messages) -> str:
+    """A prompt as one string to show: its last turn."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -1,0 +1,53 @@
+"""`WandbLogger`: plain `wandb`, which also works offline."""
+
+from typing import Any
+
+from keras_dpo.callbacks.step_logger import StepLogger
+
+
+class WandbLogger(StepLogger):
+    """Logs config, metrics and sample generations to Weights & Biases.
+
+    W&B's own Keras callback fails on JAX with a learning-rate schedule.
+
+    Args:
+        project: The project.
+        name: The run's name.
+        config: Settings to show beside the run.
+        every: Optimizer steps between records.
+        directory: Where offline runs are written.
+    """
+
+    def __init__(
+        self,
+        project: str = "keras-dpo",
+        name: str | None = None,
+        config: dict[str, Any] | None = None,
+        every: int = 50,
+        directory: str | None = None,
+    ) -> None:
+        super().__init__(every)
+        import wandb
+
+        self.run = wandb.init(
+            project=project, name=name, config=config, dir=directory
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        record = dict(record)
+        step = record.pop("step")
+        prefix = "epoch/" if "end_of_epoch" in record else "train/"
+        self.run.log({prefix + k: v for k, v in record.items()}, step=step)
+
+    def log_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Add a table of generations."""
+        import wandb
+
+        columns = list(samples[0])
+        rows = [[sample[name] for name in columns] for sample in samples]
+        table = wandb.Table(columns=columns, data=rows)
+        self.run.log({"samples": table}, step=step)
+
+    def close(self) -> None:
+        """End the run; what was logged is on disk or sent."""
+        self.run.finish()

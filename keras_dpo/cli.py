@@ -1,0 +1,281 @@
+"""The command line: `keras-dpo train|inspect|evaluate|generate|demo`."""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# TensorFlow, which Keras-Hub imports where it is installed, talks a lot.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jsonargparse  # noqa: E402
+
+from keras_dpo.config import DPOConfig  # noqa: E402
+from keras_dpo.messages import say  # noqa: E402
+
+# Title of a help group -> its first setting; the others follow in order.
+GROUPS = {
+    "Model": "model_name",
+    "Data": "dataset_name",
+    "Loss and reference": "loss_type",
+    "Lengths and chat template": "max_length",
+    "Optimization": "learning_rate",
+    "Saving and logging": "save_directory",
+}
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, PermissionError)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; a user's mistake is one line and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser, runners = _make_parser()
+    try:
+        parsed = parser.parse_args(_normal(arguments))
+        name = parsed["subcommand"]
+        options = parsed[name].as_dict()
+        options.pop("config", None)
+        runners[name](**options)
+    except (*USER_ERRORS, jsonargparse.ArgumentError) as error:
+        if os.environ.get("KERAS_DPO_TRACEBACK"):
+            raise
+        sys.stderr.write(f"keras-dpo: error: {_one_line(error)}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("keras-dpo: interrupted\n")
+        sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return text or type(error).__name__
+
+
+def _normal(arguments: list[str]) -> list[str]:
+    """Put `--config` first, so that flags win, and spell out bare switches."""
+    switches = {
+        field.name for field in dataclasses.fields(DPOConfig)
+        if field.type is bool or field.type == "bool"
+    }
+    first: list[str] = []
+    rest: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        following = arguments[position + 1 : position + 2]
+        if argument == "--config" and following:
+            first += [argument, *following]
+            position += 2
+            continue
+        rest.append(argument)
+        name = argument[2:] if argument.startswith("--") else ""
+        if name in switches:
+            bare = not following or following[0].startswith("--")
+            rest.append("true" if bare else following[0].lower())
+            position += 0 if bare else 1
+        position += 1
+    return [*rest[:1], *first, *rest[1:]]
+
+
+def _make_parser() -> tuple[Any, dict[str, Callable[..., None]]]:
+    parser = jsonargparse.ArgumentParser(
+        prog="keras-dpo",
+        description="Preference-tune language models with Keras on JAX.",
+        exit_on_error=False,
+        version=_version(),
+    )
+    commands = parser.add_subcommands(dest="subcommand")
+    runners: dict[str, Callable[..., None]] = {}
+
+    def add(
+        name: str, run: Callable[..., None], about: str, build: Any
+    ) -> None:
+        command = jsonargparse.ArgumentParser(
+            description=about,
+            usage=f"keras-dpo {name} [options]",
+            exit_on_error=False,
+        )
+        build(command)
+        commands.add_subcommand(name, command, help=about)
+        runners[name] = run
+
+    add("train", run_train, "Preference-tune a policy.", _add_config)
+    add("inspect", run_inspect, "Show what a dataset holds.", _add_inspect)
+    add("evaluate", run_evaluate, "Measure a policy on pairs.", _add_config)
+    add("generate", run_generate, "Answer prompts.", _add_generate)
+    add("demo", run_demo, "A two-minute demo, offline.", _add_demo)
+    return parser, runners
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("keras-dpo")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def setting_help() -> dict[str, str]:
+    """Setting -> its description in `DPOConfig`'s docstring."""
+    text = (DPOConfig.__doc__ or "").split("Args:\n")[1]
+    entries = re.split(r"\n {8}(?=\w+: )", "\n" + text)
+    pairs = [entry.strip().partition(": ") for entry in entries if entry]
+    return {
+        name: re.sub(r"\s+", " ", about).replace("%", "%%")
+        for name, _, about in pairs
+    }
+
+
+def _add_config(parser: Any) -> None:
+    """Every setting of `DPOConfig` as a flag, in groups."""
+    parser.add_argument(
+        "--config", action="config", help="A YAML file; flags win over it."
+    )
+    types = typing.get_type_hints(DPOConfig)
+    about = setting_help()
+    group = parser
+    titles = {first: title for title, first in GROUPS.items()}
+    for field in dataclasses.fields(DPOConfig):
+        if field.name in titles:
+            group = parser.add_argument_group(titles[field.name])
+        group.add_argument(
+            f"--{field.name}",
+            type=types[field.name],
+            default=field.default,
+            help=about[field.name],
+        )
+
+
+def _add_inspect(parser: Any) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--show", type=int, default=2, help="Pairs to show in colour."
+    )
+
+
+def _add_generate(parser: Any) -> None:
+    parser.add_argument("--repo_id", type=str, help="The policy.")
+    parser.add_argument(
+        "--prompt", type=list[str], help="A prompt, or a list of them."
+    )
+    parser.add_argument(
+        "--raw",
+        type=bool,
+        default=False,
+        help="Feed the prompt as it is, without the chat template.",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument(
+        "--sampler", type=str, default="greedy", help="A Keras-Hub sampler."
+    )
+
+
+def _add_demo(parser: Any) -> None:
+    parser.add_argument("--save_directory", type=str, default="keras_dpo_demo")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run_train(**options: Any) -> None:
+    """`keras-dpo train`."""
+    from keras_dpo.train import train
+
+    train(DPOConfig(**options))
+
+
+def run_inspect(show: int, **options: Any) -> None:
+    """`keras-dpo inspect`: the audit, and a few pairs as the model sees them."""
+    from keras_dpo.data.audit import audit, render_pair
+    from keras_dpo.data.dataset import PreferenceDataset
+    from keras_dpo.data.sources import read_rows
+    from keras_dpo.preprocessor import DPOPreprocessor
+    from keras_dpo.presets import load_tokenizer
+    from keras_dpo.train import require
+
+    config = DPOConfig(**options)
+    require(config, "dataset_name")
+    tokenizer = load_tokenizer(config.repo_id) if config.repo_id else None
+    preprocessor = DPOPreprocessor(
+        tokenizer,
+        config.max_length,
+        config.max_prompt_length,
+        config.max_completion_length,
+        config.chat_template,
+        config.on_overflow,
+    )
+
+    def make(name: str, split: str | None) -> PreferenceDataset:
+        return PreferenceDataset(
+            read_rows(name, split),
+            preprocessor,
+            config.total_batch_size,
+            seed=config.seed,
+            column_map=config.column_map,
+            verbose=False,
+        )
+
+    dataset = make(config.dataset_name, config.dataset_split)
+    validation = None
+    if config.validation_dataset_name or config.validation_split:
+        validation = make(
+            config.validation_dataset_name or config.dataset_name,
+            config.validation_split,
+        )
+    result = audit(dataset, validation)
+    for line in result.lines:
+        say(line)
+    for title, histogram in (
+        ("Prompt tokens", result.prompt_histogram),
+        ("Completion tokens", result.completion_histogram),
+    ):
+        say(title)
+        most = max(count for _, count in histogram) or 1
+        for bound, count in histogram:
+            bar = "#" * round(40 * count / most)
+            say(f"  <= {bound:>6} {count:>7} {bar}")
+    for index in range(min(show, dataset.num_pairs)):
+        say(f"Row {dataset.report.rows[index]}:")
+        say(render_pair(dataset, index))
+
+
+def run_evaluate(**options: Any) -> None:
+    """`keras-dpo evaluate`: the metrics as one JSON object."""
+    from keras_dpo.train import evaluate
+
+    say(json.dumps(evaluate(DPOConfig(**options)), indent=2))
+
+
+def run_generate(
+    repo_id: str | None,
+    prompt: list[str] | None,
+    raw: bool,
+    max_new_tokens: int,
+    sampler: str,
+) -> None:
+    """`keras-dpo generate`."""
+    from keras_dpo.generation import generate
+    from keras_dpo.preprocessor import DPOPreprocessor
+    from keras_dpo.presets import load_policy
+
+    if not repo_id or not prompt:
+        raise ValueError("`repo_id` and `prompt` are needed.")
+    policy = load_policy(repo_id)
+    preprocessor = DPOPreprocessor.from_policy(policy)
+    prompts: list[Any] = list(prompt)
+    if preprocessor.has_template() and not raw:
+        prompts = [[{"role": "user", "content": text}] for text in prompts]
+    for answer in generate(
+        policy, preprocessor, prompts, max_new_tokens, sampler
+    ):
+        say(answer)
+
+
+def run_demo(save_directory: str, seed: int) -> None:
+    """`keras-dpo demo`."""
+    from keras_dpo import demo
+
+    demo.run_demo(save_directory, seed)
