@@ -93,6 +93,11 @@ def report_start(
         )
 
 
+def steps_done(optimizer: keras.Optimizer) -> int:
+    """Updates that an optimizer has made."""
+    return int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+
 class FirstBatchCheck:
     """At step 0 policy and reference are one: every reward must be 0."""
 

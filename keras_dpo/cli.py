@@ -58,7 +58,8 @@ def _one_line(error: Exception) -> str:
 def _normal(arguments: list[str]) -> list[str]:
     """Put `--config` first, so that flags win, and spell out bare switches."""
     switches = {
-        field.name for field in dataclasses.fields(DPOConfig)
+        field.name
+        for field in dataclasses.fields(DPOConfig)
         if field.type is bool or field.type == "bool"
     }
     first: list[str] = []

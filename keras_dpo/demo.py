@@ -78,7 +78,9 @@ def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
     for a in range(2, 8):
         for b in range(2, 8):
             off = chance.choice((-1, 1))
-            facts.append(("sum", (str(a), str(b)), str(a + b), str(a + b + off)))
+            facts.append(
+                ("sum", (str(a), str(b)), str(a + b), str(a + b + off))
+            )
     for row in UNITS.split(";"):
         part, whole, right = row.split()
         wrong = str(int(right) + chance.choice((-2, 2)))
@@ -101,11 +103,15 @@ def make_tokenizer(questions: list[Question]) -> Any:
     import tokenizers
     import transformers
 
-    words = {word for question in questions for text in question
-             for word in text.split()}
+    words = {
+        word
+        for question in questions
+        for text in question
+        for word in text.split()
+    }
     vocabulary = {
-        word: index for index, word in enumerate(["<pad>", "<end>", "<?>",
-                                                  *sorted(words)])
+        word: index
+        for index, word in enumerate(["<pad>", "<end>", "<?>", *sorted(words)])
     }
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(vocabulary, unk_token="<?>")

@@ -14,6 +14,7 @@ from keras_dpo.checks import (
     check_policy,
     check_trainable_variables,
     report_start,
+    steps_done,
 )
 from keras_dpo.data.dataset import PreferenceDataset, make_dataset
 from keras_dpo.log_probs import (
@@ -77,10 +78,10 @@ class DPOModel(keras.Model):
         split_head: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
+        check_policy(policy, reference)
         # The policy's dtype policy: loss scaling follows it.
         kwargs.setdefault("dtype", policy.dtype_policy)
         super().__init__(**kwargs)
-        check_policy(policy, reference)
         _mark_preprocessor_built(policy)
         self.policy = policy
         self.reference_choice = (
@@ -233,9 +234,7 @@ class DPOModel(keras.Model):
             self.reference = SnapshotReference(
                 self.policy, self._initial_values, self.split_head
             )
-        if choice == "initial" and not isinstance(
-            self.reference, NoReference
-        ):
+        if choice == "initial" and not isinstance(self.reference, NoReference):
             self._initial_values = []
 
     def _ensure_reference(self) -> Reference:
@@ -370,9 +369,7 @@ class DPOModel(keras.Model):
         trainable, non_trainable, optimizer_variables, metrics = state
         batch = _as_batch(data)
         total_weight = jnp.maximum(jnp.sum(batch["weight"]), 1e-9)
-        differentiate = jax.value_and_grad(
-            self._loss_and_updates, has_aux=True
-        )
+        differentiate = jax.value_and_grad(self._loss_and_updates, has_aux=True)
 
         def micro_step(carry: Any, micro_batch: Batch) -> Any:
             gradients, non_trainable, metrics = carry
@@ -559,9 +556,7 @@ class DPOModel(keras.Model):
         """
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
         self._prepare([dataset])
-        outputs = super().predict(
-            dataset, verbose=verbose, callbacks=callbacks
-        )
+        outputs = super().predict(dataset, verbose=verbose, callbacks=callbacks)
         return dataset.in_input_order(outputs)
 
     def _prepare(
@@ -582,7 +577,7 @@ class DPOModel(keras.Model):
             raise ValueError(
                 'reference="precomputed" needs reference_chosen_log_prob and '
                 "reference_rejected_log_prob in the data, or a policy that has "
-                f"not been trained. Received: {self.optimizer.iterations.value}"
+                f"not been trained. Received: {steps_done(self.optimizer)}"
                 " steps of training. Fill in the log-probs before `fit`, with "
                 "a PreferenceDataset made beforehand."
             )
@@ -602,7 +597,7 @@ class DPOModel(keras.Model):
     def _at_step_zero(self) -> bool:
         if getattr(self, "optimizer", None) is None:
             return True
-        return int(self.optimizer.iterations.value) == 0
+        return steps_done(self.optimizer) == 0
 
     # --- Saving -----------------------------------------------------------
 
@@ -616,9 +611,7 @@ class DPOModel(keras.Model):
             "split_head": self.split_head_choice,
         }
         if self.reference_choice == "model":
-            config["reference_model"] = lora.policy_config(
-                self.reference.model
-            )
+            config["reference_model"] = lora.policy_config(self.reference.model)
         if isinstance(self.preprocessor, DPOPreprocessor):
             config["preprocessor"] = self.preprocessor.get_config()
         return config

@@ -29,7 +29,6 @@ SPLIT_FAMILIES = (
     "Gemma3",
     "GPT2",
     "GPTNeoX",
-    "GptOss",
     "Llama",
     "Llama3",
     "Mistral",
@@ -78,6 +77,7 @@ def completion_statistics(
         split_head: False computes logits of every position and reads the
             completion's from them: the plain path.
     """
+    batch = jax.tree.map(jnp.asarray, batch)
     pairs, _, length = batch["token_ids"].shape
     tokens = batch["completion_ids"].shape[-1]
     totals = batch["prompt_lengths"] + batch["completion_lengths"]

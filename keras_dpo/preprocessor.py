@@ -170,9 +170,7 @@ class DPOPreprocessor:
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "b"},
             ]
-            text = render(
-                self.template, turns, False, tokenizer.special_texts
-            )
+            text = render(self.template, turns, False, tokenizer.special_texts)
             after = text.rpartition("b")[2]
             ends += [
                 token

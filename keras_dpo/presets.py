@@ -184,9 +184,7 @@ def _mend_tied(policy: keras.Model, directory: pathlib.Path) -> None:
     _edit_json(directory / "task.json", mend_task)
 
 
-def _mend_llama_tokenizer(
-    policy: keras.Model, directory: pathlib.Path
-) -> None:
+def _mend_llama_tokenizer(policy: keras.Model, directory: pathlib.Path) -> None:
     import keras_hub
 
     preprocessor = getattr(policy, "preprocessor", None)

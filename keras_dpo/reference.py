@@ -158,9 +158,7 @@ class ModelReference(Reference):
 
     def describe(self) -> str:
         size = sum(v.value.nbytes for v in self.model.variables)
-        return (
-            f"the model {self.model.name!r}, frozen ({size / 2**20:.1f} MiB)"
-        )
+        return f"the model {self.model.name!r}, frozen ({size / 2**20:.1f} MiB)"
 
 
 class PrecomputedReference(Reference):

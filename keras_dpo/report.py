@@ -146,8 +146,9 @@ def _final_table(records: list[dict[str, Any]]) -> str:
         + "</tr>"
         for name in names
     )
-    heads = "".join(f"<th>epoch {end['end_of_epoch'] + 1}</th>" for end in
-                    ends[-6:])
+    heads = "".join(
+        f"<th>epoch {end['end_of_epoch'] + 1}</th>" for end in ends[-6:]
+    )
     return f"<table><tr><th></th>{heads}</tr>{rows}</table>"
 
 

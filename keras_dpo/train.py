@@ -148,9 +148,7 @@ def make_policy(config: DPOConfig) -> keras.Model:
         )
     policy = load_policy(config.repo_id, dtype)
     if config.lora_rank:
-        policy.backbone.enable_lora(
-            config.lora_rank, config.lora_target_layers
-        )
+        policy.backbone.enable_lora(config.lora_rank, config.lora_target_layers)
     return policy
 
 

@@ -35,10 +35,15 @@ def head_logits(
     if embedding.quantization_mode is not None:
         return embedding(hidden, reverse=True).astype("float32")
     if embedding.tie_weights:
-        kernel = jnp.transpose(keras.ops.convert_to_tensor(embedding.embeddings))
+        kernel = jnp.transpose(
+            keras.ops.convert_to_tensor(embedding.embeddings)
+        )
     else:
         kernel = keras.ops.convert_to_tensor(embedding.reverse_embeddings)
     dtype = embedding.reverse_dtype or embedding.compute_dtype
+    if dtype == "float16":
+        # XLA has no float16 product that accumulates in float32 on CPU.
+        dtype = "float32"
     logits = jnp.matmul(
         hidden.astype(dtype),
         kernel.astype(dtype),

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_dpo.chat_templates import Messages
+from keras_dpo.checks import steps_done
 from keras_dpo.generation import generate
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import DPOPreprocessor
@@ -51,7 +52,7 @@ class GenerationSamples(keras.callbacks.Callback):
         self.samples: dict[int, Samples] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._step = int(self.model.optimizer.iterations.value)
+        self._step = steps_done(self.model.optimizer)
         if self.every is None:
             self._sample()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_dpo.checks import steps_done
 from keras_dpo.presets import save_policy
 
 
@@ -27,7 +28,7 @@ class PolicyCheckpoint(keras.callbacks.Callback):
         self.every = every
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._step = int(self.model.optimizer.iterations.value)
+        self._step = steps_done(self.model.optimizer)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._step += 1

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import keras
 
+from keras_dpo.checks import steps_done
+
 
 class ReferenceSync(keras.callbacks.Callback):
     """reference <- alpha * policy + (1 - alpha) * reference, every N steps.
@@ -41,9 +43,7 @@ class ReferenceSync(keras.callbacks.Callback):
                 f"`every` must be at least 1 step. Received: {every!r}."
             )
         if not 0 < alpha <= 1:
-            raise ValueError(
-                f"`alpha` must be in (0, 1]. Received: {alpha!r}."
-            )
+            raise ValueError(f"`alpha` must be in (0, 1]. Received: {alpha!r}.")
         self.every = every
         self.alpha = alpha
         self._steps = 0
@@ -58,7 +58,7 @@ class ReferenceSync(keras.callbacks.Callback):
                 "ReferenceSync needs steps_per_execution=1, so that it sees "
                 f"every step. Received: {model.steps_per_execution}."
             )
-        self._steps = int(optimizer.iterations.value) * self._per_update
+        self._steps = steps_done(optimizer) * self._per_update
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._steps += 1

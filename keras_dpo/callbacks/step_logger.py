@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dpo.checks import steps_done
+
 
 class StepLogger(keras.callbacks.Callback):
     """Base class: a record every `every` steps and at the end of an epoch.
@@ -36,7 +38,7 @@ class StepLogger(keras.callbacks.Callback):
         raise NotImplementedError
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._step = int(self.model.optimizer.iterations.value)
+        self._step = steps_done(self.model.optimizer)
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -84,9 +86,7 @@ class MetricsFile(StepLogger):
         every: Optimizer steps between records.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], every: int = 50
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], every: int = 50) -> None:
         super().__init__(every)
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)

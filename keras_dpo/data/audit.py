@@ -110,8 +110,9 @@ def padding_waste(dataset: PreferenceDataset) -> float:
 
 def _histogram(lengths: list[int]) -> list[tuple[int, int]]:
     bounds = [16 * 2**i for i in range(12)]
-    counts = Counter(next(b for b in bounds if n <= b or b == bounds[-1])
-                     for n in lengths)
+    counts = Counter(
+        next(b for b in bounds if n <= b or b == bounds[-1]) for n in lengths
+    )
     last = max(counts)
     return [(b, counts.get(b, 0)) for b in bounds if b <= last]
 

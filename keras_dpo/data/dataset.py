@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dpo.data.records import DataReport, normalize_records
+from keras_dpo.data.records import normalize_records
 from keras_dpo.data.sources import read_rows
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import DPOPreprocessor, Tokenized, count_notes

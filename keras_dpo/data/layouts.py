@@ -244,8 +244,15 @@ def from_strings(row: Row, every: bool) -> list[Record]:
         prompt = text(row, "history")
     if has_system(row):
         return [chat(row, prompt, answers)]
-    return [dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers),
-                     strict=True))]
+    return [
+        dict(
+            zip(
+                ("prompt", "chosen", "rejected"),
+                (prompt, *answers),
+                strict=True,
+            )
+        )
+    ]
 
 
 def from_transcript(row: Row, every: bool) -> list[Record]:
@@ -277,8 +284,9 @@ def _split_at_common_turn(chosen: str, rejected: str) -> tuple[str, str, str]:
         == rejected[: i + len(ASSISTANT_MARK)]
     ]
     if not ends:
-        raise RowError("rejected", "a transcript that starts like `chosen`",
-                       rejected)
+        raise RowError(
+            "rejected", "a transcript that starts like `chosen`", rejected
+        )
     return chosen[: ends[-1]], chosen[ends[-1] :], rejected[ends[-1] :]
 
 
@@ -395,7 +403,11 @@ def _both(row: Row, test: Callable[[Any], bool]) -> bool:
 
 
 STRING_COLUMNS = (
-    *PROMPT_COLUMNS, *SYSTEM_COLUMNS, "input", "chosen", "rejected"
+    *PROMPT_COLUMNS,
+    *SYSTEM_COLUMNS,
+    "input",
+    "chosen",
+    "rejected",
 )
 LAYOUTS = (
     Layout(
@@ -424,9 +436,11 @@ LAYOUTS = (
     ),
     Layout(
         "strings with a prompt",
-        lambda row: "chosen" in row
-        and "rejected" in row
-        and any(name in row for name in PROMPT_COLUMNS),
+        lambda row: (
+            "chosen" in row
+            and "rejected" in row
+            and any(name in row for name in PROMPT_COLUMNS)
+        ),
         from_strings,
         STRING_COLUMNS,
     ),

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from keras_dpo.data import layouts
 from keras_dpo.data.layouts import Record, Row, RowError, TieError
@@ -195,5 +194,3 @@ def _number(row: Row, field: str) -> float:
 def _same(record: Record) -> bool:
     fields = ID_FIELDS if "chosen_ids" in record else TEXT_FIELDS
     return record[fields[1]] == record[fields[2]]
-
-

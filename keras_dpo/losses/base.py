@@ -254,7 +254,9 @@ def _check_options(loss: PreferenceLoss) -> None:
         check("label_smoothing", 0 <= value < below, f"in [0, {below})")
     if "f_divergence" in options:
         divergence_score(jnp.zeros(()), options["f_divergence"])
-        unread = options["f_divergence"] != "alpha" and options["f_alpha"] != 0.5
+        unread = (
+            options["f_divergence"] != "alpha" and options["f_alpha"] != 0.5
+        )
         check("f_alpha", not unread, "left out unless f_divergence='alpha'")
     if loss.ld_alpha is not None:
         check("ld_alpha", 0 <= loss.ld_alpha <= 1, "in [0, 1]")
@@ -282,9 +284,7 @@ class FunctionLoss(PreferenceLoss):
         return self.function(policy, reference)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            "function": keras.saving.serialize_keras_object(self.function)
-        }
+        return {"function": keras.saving.serialize_keras_object(self.function)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FunctionLoss":

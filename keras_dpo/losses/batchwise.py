@@ -80,9 +80,7 @@ class AOTUnpaired(PreferenceLoss):
 
     def formula(self, policy: PairLogProbs, reference: PairLogProbs) -> Array:
         ratios = log_ratios(policy, reference)
-        q = sorted_difference(
-            ratios[:, 0], ratios[:, 1], is_real_pair(policy)
-        )
+        q = sorted_difference(ratios[:, 0], ratios[:, 1], is_real_pair(policy))
         return smoothed_log_loss(self.beta * q, self.label_smoothing)
 
 

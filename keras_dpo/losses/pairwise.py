@@ -25,10 +25,9 @@ loss_class = dataclasses.dataclass(eq=False, repr=False)
 
 def smoothed_log_loss(x: Array, label_smoothing: float) -> Array:
     """-(1 - e) log sigmoid(x) - e log sigmoid(-x), element by element."""
-    return (
-        -(1.0 - label_smoothing) * log_sigmoid(x)
-        - label_smoothing * log_sigmoid(-x)
-    )
+    return -(1.0 - label_smoothing) * log_sigmoid(
+        x
+    ) - label_smoothing * log_sigmoid(-x)
 
 
 @loss_class

@@ -1,0 +1,118 @@
+"""Fixtures: tiny policies, the shared oracle, the real model."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import jax  # noqa: E402
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+CACHE = pathlib.Path(
+    os.environ.get("KERAS_DPO_TEST_CACHE", "~/.cache/keras_dpo_tests")
+).expanduser()
+VOCABULARY = 64
+
+# Compiled steps are kept, so that a second run of the tests is quick.
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def need_shared(*parts):
+    """A path below `shared`, beside the project; skips where it is absent."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{'/'.join(parts)} is not in ../shared")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _clean_keras():
+    """Same seeds for every test, and no state left from the last."""
+    keras.utils.set_random_seed(0)
+    keras.config.disable_interactive_logging()
+    yield
+    keras.utils.clear_session(free_memory=False)
+
+
+@pytest.fixture(scope="session")
+def loss_oracle():
+    return json.loads(need_shared("oracle", "trl_losses.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def batch_oracle():
+    return json.loads(need_shared("oracle", "tiny_llama.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def demo_data():
+    return need_shared("data", "dpo_en_demo.json")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """A directory with the real 135M model, built once and kept."""
+    tool = need_shared("tools", "get_smollm2.py")
+    directory = CACHE / "smollm2"
+    if not (directory / "model.safetensors").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, tool, directory], check=True)
+    return directory
+
+
+def tiny_policy(dropout=0.0, tied=True, dtype="float32", seed=0, layers=2):
+    """A random Llama of 64 tokens; not in its small-weights initial state."""
+    import keras_hub
+
+    keras.utils.set_random_seed(seed)
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=layers,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=64,
+        tie_word_embeddings=tied,
+        dropout=dropout,
+        dtype=dtype,
+    )
+    policy = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    random = np.random.default_rng(seed)
+    for variable in policy.trainable_variables:
+        noise = 0.1 * random.standard_normal(variable.shape)
+        variable.assign(np.asarray(variable) + noise)
+    return policy
+
+
+def random_pairs(count=8, seed=1, longest=12, vocabulary=VOCABULARY):
+    """Tokenised records of mixed lengths."""
+    random = np.random.default_rng(seed)
+
+    def ids(low, high):
+        size = random.integers(low, high + 1)
+        return random.integers(3, vocabulary, size).tolist()
+
+    return [
+        {
+            "prompt_ids": ids(2, longest),
+            "chosen_ids": [*ids(1, longest), 2],
+            "rejected_ids": [*ids(1, longest), 2],
+        }
+        for _ in range(count)
+    ]
+
+
+def values_of(variables):
+    return [np.array(v.value) for v in variables]
