@@ -288,17 +288,16 @@ def make_callbacks(
 class StopAfter(keras.callbacks.Callback):
     """Ends training after a number of optimizer steps."""
 
-    async_safe = True
-
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self._done = 0
+        self._begun = 0
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._done += 1
-        if self._done >= self.steps:
-            # Not `self.model`, which would copy the whole state.
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._begun += 1
+        if self._begun >= self.steps:
+            # Keras looks after the step. Not `self.model`, which would copy
+            # the whole state.
             self._model.stop_training = True
 
 

@@ -1,5 +1,6 @@
 """Keras callbacks for preference training."""
 
+from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.callbacks.generation_samples import GenerationSamples
 from keras_dpo.callbacks.policy_checkpoint import PolicyCheckpoint
 from keras_dpo.callbacks.reference_sync import ReferenceSync
@@ -7,6 +8,7 @@ from keras_dpo.callbacks.step_logger import MetricsFile, StepLogger
 from keras_dpo.callbacks.wandb_logger import WandbLogger
 
 __all__ = [
+    "AfterStep",
     "GenerationSamples",
     "MetricsFile",
     "PolicyCheckpoint",

@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
+from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.chat_templates import Messages
-from keras_dpo.checks import steps_done
 from keras_dpo.generation import generate
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import DPOPreprocessor
@@ -15,7 +15,7 @@ from keras_dpo.reference import ModelReference, SnapshotReference
 Samples = list[dict[str, str]]
 
 
-class GenerationSamples(keras.callbacks.Callback):
+class GenerationSamples(AfterStep):
     """Answers a few prompts every N steps, policy beside reference.
 
     Args:
@@ -30,8 +30,6 @@ class GenerationSamples(keras.callbacks.Callback):
     Attributes:
         samples: Step -> list of prompt, policy and reference texts.
     """
-
-    async_safe = True
 
     def __init__(
         self,
@@ -52,17 +50,16 @@ class GenerationSamples(keras.callbacks.Callback):
         self.samples: dict[int, Samples] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._step = steps_done(self.model.optimizer)
+        super().on_train_begin(logs)
         if self.every is None:
             self._sample()
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._step += 1
-        if self.every is not None and self._step % self.every == 0:
+    def after_step(self, step: int) -> None:
+        if self.every is not None and step % self.every == 0:
             self._sample()
 
     def on_train_end(self, logs: Any = None) -> None:
-        if self._step not in self.samples:
+        if self.step not in self.samples:
             self._sample()
 
     def _sample(self) -> None:
@@ -74,14 +71,14 @@ class GenerationSamples(keras.callbacks.Callback):
             self.max_new_tokens,
             self.sampler,
         )
-        self.samples[self._step] = samples
+        self.samples[self.step] = samples
         for sample in samples:
-            say(f"Step {self._step}, prompt: {sample['prompt']}")
+            say(f"Step {self.step}, prompt: {sample['prompt']}")
             for side in ("policy", "reference"):
                 if side in sample:
                     say(f"  {side}: {sample[side]}")
         if self.on_samples is not None:
-            self.on_samples(self._step, samples)
+            self.on_samples(self.step, samples)
 
 
 def sample_answers(

@@ -3,12 +3,11 @@
 from typing import Any
 
 import jax
-import keras
 
-from keras_dpo.checks import steps_done
+from keras_dpo.callbacks.after_step import AfterStep
 
 
-class ReferenceSync(keras.callbacks.Callback):
+class ReferenceSync(AfterStep):
     """reference <- alpha * policy + (1 - alpha) * reference, every N steps.
 
     With LoRA the adapters are mixed, which is all that differs. The first
@@ -33,9 +32,6 @@ class ReferenceSync(keras.callbacks.Callback):
     https://arxiv.org/abs/2404.09656), eq. 3 and 4.
     """
 
-    # Only counts on most steps: training need not wait for it.
-    async_safe = True
-
     def __init__(self, every: int = 64, alpha: float = 0.9) -> None:
         super().__init__()
         if every < 1:
@@ -46,23 +42,13 @@ class ReferenceSync(keras.callbacks.Callback):
             raise ValueError(f"`alpha` must be in (0, 1]. Received: {alpha!r}.")
         self.every = every
         self.alpha = alpha
-        self._steps = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        model = self.model
-        model._ensure_reference().variable_pairs()
-        optimizer = model.optimizer
-        self._per_update = optimizer.gradient_accumulation_steps or 1
-        if model.steps_per_execution != 1:
-            raise ValueError(
-                "ReferenceSync needs steps_per_execution=1, so that it sees "
-                f"every step. Received: {model.steps_per_execution}."
-            )
-        self._steps = steps_done(optimizer) * self._per_update
+        super().on_train_begin(logs)
+        self.model._ensure_reference().variable_pairs()
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps += 1
-        if self._steps % (self.every * self._per_update) == 0:
+    def after_step(self, step: int) -> None:
+        if step % (self.every * self.steps_per_update) == 0:
             # Reading `self.model` brings the variables up to date.
             self.sync(self.model)
 

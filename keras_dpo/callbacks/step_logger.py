@@ -6,13 +6,12 @@ import pathlib
 import time
 from typing import Any
 
-import keras
 import numpy as np
 
-from keras_dpo.checks import steps_done
+from keras_dpo.callbacks.after_step import AfterStep
 
 
-class StepLogger(keras.callbacks.Callback):
+class StepLogger(AfterStep):
     """Base class: a record every `every` steps and at the end of an epoch.
 
     A step record holds means over the pairs since the last one, exact under
@@ -21,9 +20,6 @@ class StepLogger(keras.callbacks.Callback):
     Args:
         every: Optimizer steps between records.
     """
-
-    # Metrics are fetched on logged steps alone.
-    async_safe = True
 
     def __init__(self, every: int = 50) -> None:
         super().__init__()
@@ -38,18 +34,22 @@ class StepLogger(keras.callbacks.Callback):
         raise NotImplementedError
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._step = steps_done(self.model.optimizer)
+        super().on_train_begin(logs)
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
         self._totals: dict[str, tuple[float, float]] = {}
-        self._logged_step, self._time = self._step, time.perf_counter()
+        self._logged_step, self._time = self.step, time.perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._step += 1
-        if self._step % self.every == 0:
+    def after_step(self, step: int) -> None:
+        if step % self.every == 0:
+            # Metrics are fetched on logged steps alone.
             self._log_step()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        super().on_test_begin(logs)
+        self._log_rest()
 
     def _log_step(self) -> None:
         # Not `self.model`, which would copy the whole state.
@@ -60,22 +60,27 @@ class StepLogger(keras.callbacks.Callback):
             pairs = count - before[1]
             means[name] = (total - before[0]) / pairs if pairs else np.nan
         now = time.perf_counter()
-        steps = self._step - self._logged_step
+        steps = self.step - self._logged_step
         self.write(
             {
-                "step": self._step,
+                "step": self.step,
                 "epoch": self._epoch,
                 **means,
                 "seconds_per_step": (now - self._time) / max(steps, 1),
             }
         )
-        self._totals, self._logged_step, self._time = totals, self._step, now
+        self._totals, self._logged_step, self._time = totals, self.step, now
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self._step > self._logged_step:
-            self._log_step()
+        super().on_epoch_end(epoch, logs)
+        self._log_rest()
         values = {name: float(value) for name, value in (logs or {}).items()}
-        self.write({"step": self._step, "end_of_epoch": epoch, **values})
+        self.write({"step": self.step, "end_of_epoch": epoch, **values})
+
+    def _log_rest(self) -> None:
+        """Log the last steps of an epoch, before validation resets them."""
+        if self.step > self._logged_step:
+            self._log_step()
 
 
 class MetricsFile(StepLogger):

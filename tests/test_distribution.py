@@ -1,0 +1,117 @@
+"""8 simulated devices against one, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+SCRIPT = """
+import json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import keras, jax, numpy as np
+kind, lora = sys.argv[1], sys.argv[2] == "lora"
+devices = keras.distribution.list_devices()
+if kind == "data":
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(devices=devices))
+elif kind == "model":
+    import keras_hub
+    mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"), devices)
+    layout = keras_hub.models.Llama3Backbone.get_layout_map(
+        mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch")
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(
+        layout_map=layout, batch_dim_name="batch"))
+from conftest import random_pairs, tiny_policy
+import keras_dpo
+policy = tiny_policy()
+if lora:
+    keras.utils.set_random_seed(1)
+    policy.backbone.enable_lora(2)
+    for v in policy.trainable_variables:
+        v.assign(0.1 * np.random.default_rng(2).standard_normal(v.shape))
+model = keras_dpo.DPOModel(policy)
+model.compile(optimizer=keras.optimizers.Adam(1e-2), loss={loss},
+              gradient_accumulation_steps=2)
+data = keras_dpo.PreferenceDataset(random_pairs(46), batch_size=16,
+                                   verbose=False, buckets=[32])
+losses = []
+class Keep(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        losses.append(float(logs["loss"]))
+model.fit(data, verbose=0, callbacks=[
+    Keep(), keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5)])
+scores = model.predict(data, verbose=0)
+shard = lambda vs: [str(getattr(v.value.sharding, "spec", None)) for v in vs]
+print("RESULT" + json.dumps(dict(
+    devices=len(jax.devices()), losses=losses,
+    evaluated=model.evaluate(data, verbose=0, return_dict=True)["loss"],
+    margins=[float(x) for x in scores["reward_margin"]],
+    weights=[np.asarray(v.value).ravel().tolist() for v in policy.weights],
+    snapshot=[np.asarray(v.value).ravel().tolist()
+              for v in model.reference.snapshot],
+    policy_sharding=shard(model.trainable_variables),
+    snapshot_sharding=shard(model.reference.snapshot),
+)))
+"""
+
+
+def run(kind, lora="full", loss="'sigmoid'"):
+    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), loss=loss)
+    flags = (
+        "" if kind == "one" else ("--xla_force_host_platform_device_count=8")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, kind, lora],
+        env={**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    return json.loads(line.removeprefix("RESULT"))
+
+
+def assert_equal(found, expected):
+    assert found["devices"] == 8
+    assert expected["devices"] == 1
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
+    assert len(found["losses"]) == 3
+    assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-5)
+    np.testing.assert_allclose(found["margins"], expected["margins"], atol=1e-4)
+    for name in ("weights", "snapshot"):
+        for a, b in zip(found[name], expected[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert found["snapshot_sharding"] == found["policy_sharding"]
+
+
+@pytest.mark.parametrize("lora", ["full", "lora"])
+def test_meshes_equal_one_device(lora):
+    """Losses, rewards, policy and synced reference after three steps."""
+    expected = run("one", lora)
+    assert_equal(run("data", lora), expected)
+    found = run("model", lora)
+    assert_equal(found, expected)
+    if lora == "full":
+        assert any("model" in spec for spec in found["snapshot_sharding"])
+
+
+def test_a_loss_that_couples_pairs_sees_the_global_batch():
+    assert_equal(run("data", loss="'aot'"), run("one", loss="'aot'"))
+
+
+def test_batch_that_does_not_divide_is_told(monkeypatch):
+    from conftest import random_pairs, tiny_policy
+
+    import keras_dpo.distribution
+    from keras_dpo import DPOModel
+
+    monkeypatch.setattr(keras_dpo.distribution, "data_parallel_size", lambda: 8)
+    model = DPOModel(tiny_policy())
+    model.compile()
+    with pytest.raises(ValueError, match="Use a multiple of 8"):
+        model.fit(random_pairs(4), batch_size=4, verbose=0)
