@@ -104,14 +104,16 @@ class FirstBatchCheck:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: dict[str, Any]) -> None:
         """Raise if the first batch's rewards or loss say otherwise."""
         model = self.model
         if not isinstance(model.reference, SnapshotReference):
             return
         from keras_dpo.distribution import distribute_batch
 
-        def rewards_and_losses(trainable: Any, frozen: Any, batch: Batch):
+        def rewards_and_losses(
+            trainable: Any, frozen: Any, batch: Batch
+        ) -> tuple[Any, Any, Any]:
             wanted = model._wanted
             policy, reference, _, _ = model._forward(
                 trainable, frozen, batch, False, wanted

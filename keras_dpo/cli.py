@@ -189,7 +189,7 @@ def run_train(**options: Any) -> None:
 
 
 def run_inspect(show: int, **options: Any) -> None:
-    """`keras-dpo inspect`: the audit, and a few pairs as the model sees them."""
+    """`keras-dpo inspect`: the audit, and pairs as the model sees them."""
     from keras_dpo.data.audit import audit, render_pair
     from keras_dpo.data.dataset import PreferenceDataset
     from keras_dpo.data.sources import read_rows

@@ -40,8 +40,9 @@ class DPOConfig:
         refrence_model_repo_id: The same, as EasyDeL spells it.
         dtype: `float32`, `bfloat16` (float32 masters of what is trained) or
             `mixed_bfloat16`.
-        attn_mechanism: `vanilla`, `flash` or `auto`: Keras' flash attention
-            off, on, or as Keras decides.
+        attn_mechanism: `vanilla` switches Keras' flash attention off, `flash`
+            lets Keras use it where the device can, `auto` leaves Keras'
+            setting alone.
         lora_rank: Rank of LoRA adapters; 0 trains all weights.
         lora_target_layers: Names of the layers to adapt; the family's default
             (query and value) if left out.

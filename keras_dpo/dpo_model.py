@@ -99,12 +99,12 @@ class DPOModel(keras.Model):
         # nothing until training replaces them.
         self._initial_values = [v.value for v in policy.trainable_variables]
         self._wrapped_variables = [v.path for v in policy.trainable_variables]
-        self.reference = None
+        self.reference: Any = None
         if isinstance(reference, keras.Model):
             self.reference = ModelReference(policy, reference)
         if preprocessor == "auto":
             preprocessor = DPOPreprocessor.from_policy(policy)
-        self.preprocessor = preprocessor
+        self.preprocessor: Any = preprocessor
         self.preference_loss: PreferenceLoss = losses.Sigmoid()
         self.gradient_accumulation_steps = 1
         self._pair_metrics: list[keras.metrics.Mean] = []
@@ -250,7 +250,7 @@ class DPOModel(keras.Model):
         wanted = {OPTIONAL_METRICS[name] for name in self._optional_metrics}
         if self.preference_loss.needs_squared_probs:
             wanted.add("log_sum_squared_probs")
-        return wanted - {None}
+        return {name for name in wanted if name is not None}
 
     def _forward(
         self,
@@ -304,8 +304,8 @@ class DPOModel(keras.Model):
     ) -> tuple[Array, tuple[list[Array], list[Array]]]:
         """This batch's share of the weighted mean loss, differentiable.
 
-        Args:
-            total_weight: Sum of the pairs' weights over all micro-batches.
+        `total_weight` is the sum of the pairs' weights over all
+        micro-batches.
         """
         policy, reference, statistics, non_trainable = self._forward(
             trainable, non_trainable, batch, training, self._wanted
@@ -459,10 +459,17 @@ class DPOModel(keras.Model):
             x: A list of records, a path, a `datasets.Dataset`, a `tf.data` or
                 grain dataset, or a `PreferenceDataset`.
             batch_size: Pairs per step; 16 unless the dataset says otherwise.
+            epochs: Passes through the data.
+            verbose: As in `keras.Model.fit`.
+            callbacks: Keras callbacks.
             validation_data: Like `x`.
             shuffle: Whether the order changes from epoch to epoch.
-
-        The other arguments are those of `keras.Model.fit`.
+            initial_epoch: Where to begin counting epochs; it also chooses
+                the order.
+            steps_per_epoch: Steps of an epoch; it walks on through the data.
+            validation_steps: Batches of `validation_data` to use.
+            validation_batch_size: Pairs per validation batch.
+            validation_freq: Epochs between validations.
 
         Raises:
             ValueError: The data, or the first batch's self-check, is wrong.
@@ -584,7 +591,7 @@ class DPOModel(keras.Model):
         trainable = [v.value for v in self.trainable_variables]
         non_trainable = [v.value for v in self.non_trainable_variables]
 
-        def run(batch: Batch) -> Array:
+        def run(batch: dict[str, Any]) -> Array:
             placeholder = jnp.zeros(batch["completion_ids"].shape, "float32")
             batch = {**batch, "reference_log_probs": placeholder}
             policy, *_ = self._forward(trainable, non_trainable, batch, False)

@@ -32,7 +32,7 @@ def generate(
     answers = generate_ids(
         policy, prompt_ids, preprocessor.end_ids, max_new_tokens, sampler
     )
-    tokenizer = preprocessor.tokenizer
+    tokenizer = preprocessor.need_tokenizer()
     return [tokenizer.decode(ids, strip_special).strip() for ids in answers]
 
 

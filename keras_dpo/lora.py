@@ -42,7 +42,7 @@ def restore_trained_parts(policy: keras.Model, record: dict[str, Any]) -> None:
 def policy_config(policy: keras.Model) -> dict[str, Any]:
     """The serialized policy, with what Keras-Hub forgets put back."""
     config = keras.saving.serialize_keras_object(policy)
-    backbone = getattr(policy, "backbone", None)
+    backbone: Any = getattr(policy, "backbone", None)
     # Llama's config leaves this out (Keras-Hub 0.32).
     if hasattr(backbone, "tie_word_embeddings"):
         config["config"]["backbone"]["config"]["tie_word_embeddings"] = (

@@ -163,7 +163,7 @@ class DPOPreprocessor:
     @property
     def end_ids(self) -> list[int]:
         """Ids that end an answer: EOS, and the template's end of turn."""
-        tokenizer = self._need_tokenizer()
+        tokenizer = self.need_tokenizer()
         ends = [tokenizer.eos_id]
         if self.has_template():
             turns = [
@@ -235,7 +235,8 @@ class DPOPreprocessor:
         rows = []
         for record, plan in zip(records, plans, strict=True):
             if plan is None:
-                row = Tokenized(*(list(record[field]) for field in ID_FIELDS))
+                prompt, chosen, rejected = (list(record[x]) for x in ID_FIELDS)
+                row = Tokenized(prompt, chosen, rejected)
             else:
                 row = self._assemble(plan, [next(encoded) for _ in plan.texts])
                 if self._prompt_limit() < len(row.prompt_ids):
@@ -268,7 +269,8 @@ class DPOPreprocessor:
         notes = []
         if plan.escaped:
             notes.append("control tokens spelled in text, kept as text")
-        completions, scores = [], []
+        completions: list[list[int]] = []
+        scores: list[Any] = []
         for segments in plan.segments:
             joint, alone = parts[0], parts[1 : 1 + len(segments)]
             parts = parts[1 + len(segments) :]
@@ -289,7 +291,12 @@ class DPOPreprocessor:
             completions.append(ids)
             scores.append(None if all(scored) else scored)
         return Tokenized(
-            self._with_bos(prompt), *completions, *scores, notes=tuple(notes)
+            self._with_bos(prompt),
+            chosen_ids=completions[0],
+            rejected_ids=completions[1],
+            chosen_scored=scores[0],
+            rejected_scored=scores[1],
+            notes=tuple(notes),
         )
 
     def _prompt_text(self, prompt: str | Messages) -> str:
@@ -323,7 +330,7 @@ class DPOPreprocessor:
         return segments
 
     def _render(self, messages: Messages, opens: bool) -> str:
-        tokenizer = self._need_tokenizer()
+        tokenizer = self.need_tokenizer()
         escaped = [
             {key: self._escape(value) for key, value in message.items()}
             for message in messages
@@ -352,7 +359,7 @@ class DPOPreprocessor:
         """Ids of texts, with stand-ins encoded as the text they stand for."""
         if not texts:
             return []
-        tokenizer = self._need_tokenizer()
+        tokenizer = self.need_tokenizer()
         escaped = {
             i: self._stand_in.split(text)
             for i, text in enumerate(texts)
@@ -376,14 +383,14 @@ class DPOPreprocessor:
         return result
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        bos = self._need_tokenizer().bos_id
+        bos = self.need_tokenizer().bos_id
         if bos is None or ids[:1] == [bos]:
             return ids
         return [bos, *ids]
 
     def _with_end(self, ids: list[int]) -> list[int]:
         """End with one end token; templates write whitespace behind theirs."""
-        tokenizer = self._need_tokenizer()
+        tokenizer = self.need_tokenizer()
         ends = [i for i, t in enumerate(ids) if t in self._control_ids]
         if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
             return ids[: ends[-1] + 1]
@@ -391,7 +398,8 @@ class DPOPreprocessor:
             return ids
         return [*ids, tokenizer.eos_id]
 
-    def _need_tokenizer(self) -> TextTokenizer:
+    def need_tokenizer(self) -> TextTokenizer:
+        """The tokenizer, or an error that says how to give one."""
         if self.tokenizer is None:
             raise ValueError(
                 "Records of text need a tokenizer. Received: tokenizer=None. "
@@ -469,7 +477,7 @@ class DPOPreprocessor:
 
     def get_config(self) -> dict[str, Any]:
         """Options, and a Hugging Face tokenizer whole."""
-        tokenizer = None
+        tokenizer: Any = None
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
             tokenizer = self.tokenizer.get_config()
         elif self.tokenizer is not None:
@@ -485,7 +493,7 @@ class DPOPreprocessor:
 
     @classmethod
     def from_config(
-        cls, config: dict[str, Any], policy: keras.Model | None = None
+        cls, config: dict[str, Any], policy: Any = None
     ) -> "DPOPreprocessor":
         """From `get_config`; a Keras-Hub tokenizer comes from the policy."""
         config = dict(config)

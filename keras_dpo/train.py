@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import keras
 import yaml
 
@@ -130,11 +131,17 @@ def write_config(config: DPOConfig, path: pathlib.Path) -> None:
 
 def choose_attention(mechanism: str) -> None:
     """Switch Keras' flash attention, and say what runs."""
+    runs = mechanism
     if mechanism == "flash":
         keras.config.enable_flash_attention()
+        device = jax.default_backend()
+        if device == "cpu":
+            runs = f"vanilla (there is no flash attention on {device})"
     elif mechanism == "vanilla":
         keras.config.disable_flash_attention()
-    say(f"Attention: {mechanism}")
+    else:
+        runs = "auto (flash where Keras finds it possible)"
+    say(f"Attention: {runs}")
 
 
 def make_policy(config: DPOConfig) -> keras.Model:

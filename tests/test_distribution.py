@@ -20,7 +20,7 @@ if kind == "data":
         keras.distribution.DataParallel(devices=devices))
 elif kind == "model":
     import keras_hub
-    mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"), devices)
+    mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
     layout = keras_hub.models.Llama3Backbone.get_layout_map(
         mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch")
     keras.distribution.set_distribution(keras.distribution.ModelParallel(

@@ -172,7 +172,7 @@ def test_smollm2_loads_saves_and_answers(smol_policy, tmp_path):
     import keras_hub
 
     policy = smol_policy
-    assert policy.backbone.layer_norm_epsilon == 1e-5
+    assert policy.backbone.layer_norm_epsilon == pytest.approx(1e-5)
     preprocessor = DPOPreprocessor.from_policy(policy)
     assert "tokenizer.json" in preprocessor.tokenizer.name
     question = [[{"role": "user", "content": "What is the capital of France?"}]]

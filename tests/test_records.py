@@ -79,7 +79,8 @@ LAYOUTS = {
     ),
     "hh-rlhf": (
         {
-            "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes",
+            "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"
+            "\n\nAssistant: yes",
             "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"
             "\n\nAssistant: yep",
         },

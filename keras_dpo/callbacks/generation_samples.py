@@ -90,6 +90,8 @@ def sample_answers(
 ) -> Samples:
     """Prompt, policy's and (where there is one) reference's answer."""
     preprocessor = preprocessor or model.preprocessor
+    if not prompts:
+        return []
 
     def answer(policy: keras.Model) -> list[str]:
         return generate(policy, preprocessor, prompts, max_new_tokens, sampler)

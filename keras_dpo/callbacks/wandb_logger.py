@@ -43,7 +43,7 @@ class WandbLogger(StepLogger):
         """Add a table of generations."""
         import wandb
 
-        columns = list(samples[0])
+        columns: list[Any] = list(samples[0])
         rows = [[sample[name] for name in columns] for sample in samples]
         table = wandb.Table(columns=columns, data=rows)
         self.run.log({"samples": table}, step=step)

@@ -176,7 +176,8 @@ class PreferenceDataset(keras.utils.PyDataset):
         self, outputs: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Rows of all batches -> one value per input row; NaN: dropped."""
-        indices, kept = [], []
+        indices: list[np.ndarray] = []
+        kept: list[int] = []
         for i in range(self.num_batches):
             batch = self.batch_indices(i)
             indices.append(batch)

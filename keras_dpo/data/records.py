@@ -156,7 +156,8 @@ def _renamed(
             f"Received: {type(row).__name__}."
         )
     renamed = dict(row)
-    for field, column in (column_map or {}).items():
+    column_map = column_map or {}
+    for field, column in column_map.items():
         if column not in row:
             raise ValueError(
                 f"Row {number} has no column {column!r}, which column_map "

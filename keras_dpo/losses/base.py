@@ -142,7 +142,7 @@ class PreferenceLoss(keras.losses.Loss):
     ```
     """
 
-    beta: float | None = 0.1
+    beta: float = 0.1
     ld_alpha: float | None = dataclasses.field(default=None, kw_only=True)
     wpo: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -339,10 +339,11 @@ class WeightedSum(PreferenceLoss):
             loss.update_state(policy, reference)
 
     def per_pair(self, policy: PairLogProbs, reference: PairLogProbs) -> Array:
-        return sum(
+        values = [
             weight * loss.per_pair(policy, reference)
             for loss, weight in zip(self.losses, self.weights, strict=True)
-        )
+        ]
+        return jnp.sum(jnp.stack(values), axis=0)
 
     def rewards(self, policy: PairLogProbs, reference: PairLogProbs) -> Array:
         return self.main.rewards(policy, reference)

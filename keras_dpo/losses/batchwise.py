@@ -5,6 +5,7 @@ one micro-batch at a time, so accumulation changes their value.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,12 +88,16 @@ class AOTUnpaired(PreferenceLoss):
 class _RunningMean:
     """Keeps an exponential mean of a batch statistic in a Keras variable."""
 
+    momentum: float
+
     def make_mean(self) -> keras.Variable:
         return keras.Variable(
             0.0, dtype="float32", trainable=False, name="running_mean"
         )
 
-    def move_mean(self, mean: keras.Variable, values: Array, real: Array):
+    def move_mean(
+        self, mean: keras.Variable, values: Array, real: Array
+    ) -> None:
         batch_mean = jnp.sum(values * real) / jnp.maximum(jnp.sum(real), 1.0)
         batch_mean = jax.lax.stop_gradient(batch_mean)
         mean.assign(self.momentum * mean + (1.0 - self.momentum) * batch_mean)
@@ -122,7 +127,7 @@ class BCOPair(_RunningMean, PreferenceLoss):
                 f"Received: delta={self.delta!r}."
             )
         super().__post_init__()
-        self.running_mean = self.make_mean() if self.delta else None
+        self.running_mean: Any = self.make_mean() if self.delta else None
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -202,10 +207,10 @@ class SFT(PreferenceLoss):
     [Liu et al., 2024](https://arxiv.org/abs/2405.16436).
     """
 
-    beta: None = dataclasses.field(default=None, init=False)
+    beta: Any = dataclasses.field(default=None, init=False)
     # The oracle leaves the likelihood term whole under length
     # desensitisation, which is about margins.
-    ld_alpha: None = dataclasses.field(default=None, init=False)
+    ld_alpha: Any = dataclasses.field(default=None, init=False)
     needs_reference = False
     couples_pairs = True
 

@@ -1,6 +1,7 @@
 """Losses of the policy alone: no reference is built or run for them."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
@@ -52,7 +53,7 @@ class ORPO(PreferenceLoss):
     and 7.
     """
 
-    beta: None = dataclasses.field(default=None, init=False)
+    beta: Any = dataclasses.field(default=None, init=False)
     orpo_lambda: float = 0.1
     needs_reference = False
     averages_log_probs = True
