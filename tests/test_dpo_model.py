@@ -1,11 +1,13 @@
 """DPOModel: steps, accumulation, failure, dropout, self-check."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from conftest import need_shared, random_pairs, tiny_policy, values_of
+from conftest import ROOT, need_shared, random_pairs, tiny_policy, values_of
 
 import keras_dpo
 from keras_dpo import DPOModel, PreferenceDataset, losses
@@ -88,6 +90,37 @@ def test_log_probs_and_metrics_equal_trl(oracle_models, batch_oracle):
         "token_accuracy": "mean_token_accuracy",
     }.items():
         assert found[name] == pytest.approx(metrics[key], rel=1e-3, abs=3e-6)
+
+
+FIVE_STEPS = json.loads(
+    (ROOT / "tests" / "trl" / "five_steps.json").read_text()
+)["cases"]
+
+
+@pytest.mark.parametrize("name", list(FIVE_STEPS))
+def test_five_sgd_steps_equal_trl(name, batch_oracle):
+    """Same weights, pairs and rate: the same five losses to 1e-4."""
+    import keras_hub
+
+    case = dict(FIVE_STEPS[name])
+    expected, rate = case.pop("losses"), case.pop("rate")
+    policy, reference = (
+        keras_hub.models.CausalLM.from_preset(
+            str(need_shared("oracle", x)), dtype="float32", preprocessor=None
+        )
+        for x in ("tiny_llama", "tiny_llama_ref")
+    )
+    model = DPOModel(policy, reference=reference)
+    model.compile(
+        optimizer=keras.optimizers.SGD(rate),
+        loss=losses.get(name, beta=0.1, **case),
+    )
+    data = PreferenceDataset(batch_oracle["pairs"], batch_size=8, verbose=False)
+    found = model.fit(data, epochs=5, verbose=0).history["loss"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    if name == "sigmoid":
+        theirs = batch_oracle["sgd_0.5_five_steps_loss"]
+        np.testing.assert_allclose(found, theirs, rtol=1e-4)
 
 
 def test_gradient_norm_equals_trl(oracle_models, batch_oracle):
