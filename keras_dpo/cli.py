@@ -162,7 +162,7 @@ def _add_inspect(parser: Any) -> None:
 def _add_generate(parser: Any) -> None:
     parser.add_argument("--repo_id", type=str, help="The policy.")
     parser.add_argument(
-        "--prompt", type=list[str], help="A prompt, or a list of them."
+        "--prompt", type=str, nargs="+", help="One or more prompts."
     )
     parser.add_argument(
         "--raw",

@@ -58,7 +58,7 @@ def write_report(
             f"<div class='charts'>{charts}</div>",
             "<p>Lines: means over the training pairs since the last logged "
             "step. Dots: validation at the end of an epoch.</p>",
-            "<h2>Last validation or epoch</h2>" + _final_table(records),
+            "<h2>Epochs</h2>" + _final_table(records),
             "<h2>Data</h2><ul>",
             *(f"<li>{html.escape(line)}</li>" for line in data_lines),
             "</ul>",

@@ -173,7 +173,7 @@ def test_accumulation_equals_the_large_batch(loss):
     results = []
     for steps in (1, 4):
         model = compiled(
-            tiny_policy(), loss, rate=1e-2, gradient_accumulation_steps=steps
+            tiny_policy(layers=1), loss, rate=1e-2, gradient_accumulation_steps=steps
         )
         data = PreferenceDataset(
             pairs, batch_size=8, verbose=False, buckets=[32]
@@ -359,7 +359,7 @@ def test_self_check_finds_a_policy_that_moved():
 
 
 def test_self_check_passes_for_every_loss():
-    policy = tiny_policy()
+    policy = tiny_policy(layers=1)
     for name in losses.LOSSES:
         model = compiled(policy, name, rate=0.0)
         model.fit(dataset(4), verbose=0)
