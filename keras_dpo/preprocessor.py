@@ -259,7 +259,7 @@ class DPOPreprocessor:
             parts = self._completion_segments(record, field, prompt)
             segments.append(parts)
             texts.append(prompt[tail:] + parts[0][0])
-            texts += [text for text, _ in parts]
+            texts += [text for text, _ in parts[1:]]
         escaped = any(self._stand_in.search(text) for text in texts)
         return _Plan(texts, segments, escaped)
 
@@ -272,15 +272,15 @@ class DPOPreprocessor:
         completions: list[list[int]] = []
         scores: list[Any] = []
         for segments in plan.segments:
-            joint, alone = parts[0], parts[1 : 1 + len(segments)]
-            parts = parts[1 + len(segments) :]
+            joint, rest = parts[0], parts[1 : len(segments)]
+            parts = parts[len(segments) :]
             if joint[: len(tail)] == tail:
                 first = joint[len(tail) :]
             else:
                 # The last prompt token would merge with the answer's first.
                 notes.append("merges across the prompt's end broken")
-                first = alone[0]
-            pieces = [first, *alone[1:]]
+                first = self._encode([segments[0][0]])[0]
+            pieces = [first, *rest]
             scored = [
                 flag
                 for piece, (_, flag) in zip(pieces, segments, strict=True)

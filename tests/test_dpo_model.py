@@ -173,7 +173,10 @@ def test_accumulation_equals_the_large_batch(loss):
     results = []
     for steps in (1, 4):
         model = compiled(
-            tiny_policy(layers=1), loss, rate=1e-2, gradient_accumulation_steps=steps
+            tiny_policy(layers=1),
+            loss,
+            rate=1e-2,
+            gradient_accumulation_steps=steps,
         )
         data = PreferenceDataset(
             pairs, batch_size=8, verbose=False, buckets=[32]
@@ -421,7 +424,32 @@ def test_mixed_float16_scales_the_loss():
     assert history["loss"][-1] < LN2 - 0.02
 
 
-def test_optimizer_clipping_and_average_keep_working():
+def test_average_of_weights_counts_updates_not_micro_batches():
+    """4 micro-batches and one large batch leave the same Keras EMA."""
+
+    def weights(steps, **options):
+        model = DPOModel(tiny_policy(layers=1))
+        model.compile(
+            optimizer=keras.optimizers.SGD(1.0, **options),
+            gradient_accumulation_steps=steps,
+        )
+        model.fit(dataset(8, 8), epochs=3, verbose=0)
+        return values_of(model.trainable_variables)
+
+    average = {"use_ema": True, "ema_momentum": 0.5}
+    large, small, last = (
+        weights(1, **average),
+        weights(4, **average),
+        weights(1),
+    )
+    for a, b in zip(large, small, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert any(
+        np.abs(a - b).max() > 1e-4 for a, b in zip(large, last, strict=True)
+    )
+
+
+def test_optimizer_clipping_keeps_working():
     model = DPOModel(tiny_policy())
     before = values_of(model.trainable_variables)
     model.compile(optimizer=keras.optimizers.SGD(1.0, global_clipnorm=1e-3))
@@ -475,6 +503,15 @@ def test_token_id_beyond_the_embedding():
     pairs[1]["chosen_ids"][0] = 64
     with pytest.raises(ValueError, match="Row 1 holds token id 64"):
         compiled().fit(pairs, verbose=0)
+
+
+def test_tokenizer_larger_than_the_embedding(smollm2):
+    preprocessor = keras_dpo.DPOPreprocessor(str(smollm2))
+    model = DPOModel(tiny_policy(), preprocessor=preprocessor)
+    model.compile()
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(ValueError, match="49152 tokens, 64 rows"):
+        model.fit(rows, verbose=0)
 
 
 def test_weights_with_a_sorting_loss():
