@@ -252,10 +252,13 @@ class DPOModel(PreferenceSteps):
         )
         valid = None
         if validation_data is not None:
+            size = validation_batch_size
+            if not isinstance(validation_data, PreferenceDataset):
+                size = size or batch_size or train.batch_size
             valid = make_dataset(
                 validation_data,
                 self.preprocessor,
-                validation_batch_size or batch_size or train.batch_size,
+                size,
                 False,
                 validation_steps,
             )

@@ -52,7 +52,8 @@ class Tokenized(NamedTuple):
 class DPOPreprocessor:
     """Turns records of text, messages or ids into limited token ids.
 
-    Strings are taken as they are; message lists go through the chat template.
+    Strings are taken as they are; message lists go through the chat template;
+    rows of ids go through untouched, whatever their length.
 
     Args:
         tokenizer: A Hugging Face fast tokenizer, a Keras-Hub tokenizer, or a
@@ -207,7 +208,8 @@ class DPOPreprocessor:
             bar = keras.utils.Progbar(len(records), unit_name="pair")
         tokenized: list[Tokenized] = []
         for start in range(0, len(records), BATCH_SIZE):
-            tokenized += self._tokenize(records[start : start + BATCH_SIZE])
+            part = records[start : start + BATCH_SIZE]
+            tokenized += self._tokenize(part, start)
             if bar is not None:
                 bar.update(len(tokenized))
         if self.on_overflow == "error":
@@ -223,26 +225,34 @@ class DPOPreprocessor:
                     )
         return tokenized
 
-    def _tokenize(self, records: list[Record]) -> list[Tokenized]:
+    def _tokenize(self, records: list[Record], start: int) -> list[Tokenized]:
         """Encode one chunk of records in a few batched calls."""
         texts: list[str] = []
         plans: list[_Plan | None] = []
-        for record in records:
-            plan = None if "chosen_ids" in record else self._plan(record)
+        for number, record in enumerate(records, start):
+            plan = None
+            if "chosen_ids" not in record:
+                try:
+                    plan = self._plan(record)
+                except ValueError as error:
+                    raise ValueError(f"Record {number}: {error}") from error
             plans.append(plan)
             texts += plan.texts if plan else []
         encoded = iter(self._encode(texts))
         rows = []
         for record, plan in zip(records, plans, strict=True):
             if plan is None:
+                # Ids go through untouched: no limit is theirs.
                 prompt, chosen, rejected = (list(record[x]) for x in ID_FIELDS)
                 row = Tokenized(prompt, chosen, rejected)
             else:
                 row = self._assemble(plan, [next(encoded) for _ in plan.texts])
                 if self._prompt_limit() < len(row.prompt_ids):
                     row = self._shorten(record, row)
+                row = self._limit(row)
             extras = {k: record[k] for k in EXTRA_FIELDS if k in record}
-            rows.append(self._limit(row._replace(extras=extras)))
+            dropped = self._drop_cause(row)
+            rows.append(row._replace(extras=extras, dropped=dropped))
         return rows
 
     def _plan(self, record: Record) -> "_Plan":
@@ -455,8 +465,7 @@ class DPOPreprocessor:
                 scored = getattr(row, f"{name}_scored")
                 if scored is not None:
                     changed[f"{name}_scored"] = scored[:room]
-        row = row._replace(notes=tuple(notes), **changed)
-        return row._replace(dropped=self._drop_cause(row))
+        return row._replace(notes=tuple(notes), **changed)
 
     def _drop_cause(self, row: Tokenized) -> str | None:
         cut = any("truncated" in note for note in row.notes)

@@ -196,7 +196,7 @@ def test_generate(command, smollm2):
 
 
 @pytest.fixture
-def mistakes(tmp_path, preset):
+def mistakes(tmp_path, preset, smollm2):
     def write(name, text):
         path = tmp_path / name
         path.write_text(text)
@@ -213,6 +213,7 @@ def mistakes(tmp_path, preset):
     ]
     pairs = preset / "pairs.jsonl"
     row = {"prompt_ids": [3, 4], "chosen_ids": [5], "rejected_ids": [6]}
+    text = {"prompt": "a", "chosen": "b", "rejected": "c"}
     line = json.dumps
     return {
         "empty file": [*train, "--dataset_name", write("e.jsonl", "")],
@@ -234,9 +235,11 @@ def mistakes(tmp_path, preset):
             write("i.jsonl", line({**row, "rejected_ids": [5]})),
         ],
         "over the budget": [
-            *train,
+            "inspect",
+            "--repo_id",
+            smollm2,
             "--dataset_name",
-            write("l.jsonl", line({**row, "prompt_ids": [3] * 40})),
+            write("l.jsonl", line({**text, "prompt": "a b c " * 9})),
             "--max_prompt_length",
             "8",
             "--on_overflow",

@@ -232,6 +232,22 @@ def test_metrics_of_a_short_last_batch():
     )
 
 
+def test_validation_set_with_its_own_batch_size():
+    history = (
+        compiled()
+        .fit(
+            random_pairs(8),
+            batch_size=4,
+            validation_data=dataset(6, 2),
+            verbose=0,
+        )
+        .history
+    )
+    assert history["val_reward_accuracy"] == [pytest.approx(0.5, abs=0.5)]
+    with pytest.raises(ValueError, match="already has a batch size"):
+        compiled().fit(dataset(8, 4), batch_size=2, verbose=0)
+
+
 def test_weight_two_is_the_pair_twice_and_zero_is_its_absence():
     pairs = random_pairs(3)
     cases = [

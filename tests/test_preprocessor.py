@@ -287,6 +287,17 @@ def test_on_overflow(smol_tokenizer):
     assert one(preprocessor, RECORD).dropped == "over the limits"
 
 
+def test_ids_go_through_untouched_and_need_no_tokenizer():
+    long = {
+        "prompt_ids": list(range(3, 900)),
+        "chosen_ids": [5] * 700,
+        "rejected_ids": [6],
+    }
+    row = one(DPOPreprocessor(max_length=64, max_prompt_length=32), long)
+    assert row[:3] == tuple(long.values())
+    assert row.notes == ()
+
+
 def test_identical_after_cutting_is_dropped_and_named(smol_tokenizer):
     record = {"prompt": "Q", "chosen": " a b c d e", "rejected": " a b c d f"}
     preprocessor = smol(smol_tokenizer, max_length=12, max_prompt_length=8)
