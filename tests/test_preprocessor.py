@@ -3,6 +3,8 @@
 On the SmolLM2 tokenizer (pad == eos, no BOS) and on one with BOS.
 """
 
+import re
+
 import numpy as np
 import pytest
 from conftest import random_pairs
@@ -335,6 +337,10 @@ def test_user_turns_inside_a_completion_are_not_scored(smol_tokenizer):
     assert joined == whole["input_ids"][: len(joined)]
     data = PreferenceDataset([record], preprocessor, 1, verbose=False)
     assert data[0]["completion_mask"][0, 0].sum() == len(scored)
+    # The audit shows the user's turn as what it is: not scored.
+    green = re.findall(r"\033\[32m(.*?)\033\[0m", render_pair(data, 0), re.S)
+    assert "Yes, four." in "".join(green)
+    assert "sure" not in "".join(green)
 
 
 # --- Templates --------------------------------------------------------------

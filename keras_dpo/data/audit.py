@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -121,29 +123,29 @@ def render_pair(dataset: PreferenceDataset, index: int) -> str:
     """One pair as the model sees it: prompt dim, scored tokens green, control
     tokens magenta."""
     pair, tokenizer = dataset.pairs[index], dataset.preprocessor.tokenizer
+    control = set(tokenizer.control_tokens.values()) if tokenizer else set()
 
-    def show(ids: list[int], kind: str, scored: Any = None) -> str:
-        if tokenizer is None:
-            return COLORS[kind] + " ".join(map(str, ids)) + RESET
-        control = set(tokenizer.control_tokens.values())
-        text, run = "", []
-        for position, token in enumerate([*ids, None]):
-            if token is not None and token not in control:
-                run.append(token)
-                continue
-            if run:
-                text += COLORS[kind] + tokenizer.decode(run, False) + RESET
-                run = []
-            if token is not None:
-                mark = COLORS["control"]
-                text += mark + tokenizer.decode([token], False) + RESET
-            del position
+    def show(ids: list[int], scored: list[bool]) -> str:
+        kinds = [
+            "control" if token in control else "scored" if flag else "prompt"
+            for token, flag in zip(ids, scored, strict=True)
+        ]
+        text = ""
+        for kind, run in groupby(zip(kinds, ids, strict=True), itemgetter(0)):
+            tokens = [token for _, token in run]
+            if tokenizer is None:
+                shown = " ".join(map(str, tokens))
+            else:
+                shown = tokenizer.decode(tokens, False)
+            text += COLORS[kind] + shown + RESET
         return text
 
-    lines = [show(pair.prompt_ids, "prompt")]
-    for name, ids in (
-        ("chosen", pair.chosen_ids),
-        ("rejected", pair.rejected_ids),
-    ):
-        lines.append(f"{name}: {show(ids, 'scored')}")
-    return "\n".join(lines)
+    def flags(ids: list[int], scored: list[bool] | None) -> list[bool]:
+        return [True] * len(ids) if scored is None else scored
+
+    chosen = show(pair.chosen_ids, flags(pair.chosen_ids, pair.chosen_scored))
+    rejected = show(
+        pair.rejected_ids, flags(pair.rejected_ids, pair.rejected_scored)
+    )
+    prompt = show(pair.prompt_ids, [False] * len(pair.prompt_ids))
+    return f"{prompt}\nchosen: {chosen}\nrejected: {rejected}"

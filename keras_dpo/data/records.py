@@ -55,11 +55,6 @@ class DataReport:
         if number:
             self.counts[cause] = self.counts.get(cause, 0) + number
 
-    @property
-    def num_dropped(self) -> int:
-        """Rows dropped, for any cause."""
-        return sum(map(len, self.dropped.values()))
-
     def lines(self) -> list[str]:
         """The report as text, a line each."""
         lines = [f"Rows: {self.num_rows} ({self.layout})"]
