@@ -9,7 +9,11 @@ import numpy as np
 
 from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
-from keras_dpo.reference import NoReference, SnapshotReference
+from keras_dpo.reference import (
+    NoReference,
+    PrecomputedReference,
+    SnapshotReference,
+)
 
 
 def check_policy(policy: Any, reference: Any) -> None:
@@ -71,9 +75,12 @@ def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
 
 
 def report_start(
-    model: Any, print_fn: Callable[[str], None] | None = None
+    model: Any,
+    dataset: Any = None,
+    epochs: int = 1,
+    print_fn: Callable[[str], None] | None = None,
 ) -> None:
-    """Say what the reference is and what is trained."""
+    """Say what the reference is, what is trained, and how it runs."""
     print_fn = print_fn or say
     reference = model._ensure_reference()
     trained = model.trainable_variables
@@ -90,6 +97,16 @@ def report_start(
         print_fn(
             "The loss takes the reference's log-probs as zero: training is "
             "reference-free."
+        )
+    for note in model.execution.notes:
+        print_fn(note)
+    if dataset is not None and dataset.packing is not None:
+        print_fn(dataset.describe_rows())
+    online = not isinstance(reference, NoReference | PrecomputedReference)
+    if online and epochs > 1:
+        print_fn(
+            f"The reference runs in each of {epochs} epochs; with "
+            "precompute_reference=True it runs once (if it is not synced)."
         )
 
 

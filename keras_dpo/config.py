@@ -43,6 +43,17 @@ class DPOConfig:
         attn_mechanism: `vanilla` switches Keras' flash attention off, `flash`
             lets Keras use it where the device can, `auto` leaves Keras'
             setting alone.
+        attention: `auto`, `blocks`, `fused` or `keras`; see `DPOModel`.
+        packing: Whether all pairs of a step stand in one row without padding:
+            `auto` (where proven), `true` or `false`.
+        prompt_sharing: Whether a prompt is computed once per pair: `auto`
+            (where proven), `true` or `false`.
+        remat: Whether decoder layers are computed again in the backward pass
+            to save memory: `auto`, `none` or `layers`.
+        reference_cache: Directory of precomputed reference log-probs; the
+            user's cache directory if left out.
+        compilation_cache: Directory where compiled steps are kept; the user's
+            cache directory if left out, `none` to keep nothing.
         lora_rank: Rank of LoRA adapters; 0 trains all weights.
         lora_target_layers: Names of the layers to adapt; the family's default
             (query and value) if left out.
@@ -107,6 +118,12 @@ class DPOConfig:
     refrence_model_repo_id: str | None = None
     dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] = "float32"
     attn_mechanism: Literal["vanilla", "flash", "auto"] = "vanilla"
+    attention: Literal["auto", "blocks", "fused", "keras"] = "auto"
+    packing: Literal["auto", "true", "false"] = "auto"
+    prompt_sharing: Literal["auto", "true", "false"] = "auto"
+    remat: Literal["auto", "none", "layers"] = "auto"
+    reference_cache: str | None = None
+    compilation_cache: str | None = None
     lora_rank: int = 0
     lora_target_layers: list[str] | None = None
 
@@ -227,9 +244,12 @@ class DPOConfig:
     def _check_flags_that_go_together(self) -> None:
         """Settings that contradict each other are an error."""
         without = self.reference_free or self.reference == "none"
-        if self.reference_model_repo_id and (
-            without or self.reference == "precomputed"
-        ):
+        if self.reference_cache and self.reference != "precomputed":
+            raise ValueError(
+                "`reference_cache` has no effect without "
+                f"reference=precomputed. Received: {self.reference_cache!r}."
+            )
+        if self.reference_model_repo_id and without:
             raise ValueError(
                 "`reference_model_repo_id` has no effect together with "
                 f"reference={self.reference!r}, reference_free="

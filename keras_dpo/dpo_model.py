@@ -1,6 +1,8 @@
 """`DPOModel`: fit, evaluate and predict around one pure loss function."""
 
-from collections.abc import Collection
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -16,10 +18,15 @@ from keras_dpo.checks import (
     report_start,
     steps_done,
 )
+from keras_dpo.compilation import cache_directory, compiler_options
 from keras_dpo.data.dataset import PreferenceDataset, make_dataset
-from keras_dpo.log_probs import Array, can_split_head
+from keras_dpo.data.packing import BLOCK, Packing, choose_lengths, round_up
+from keras_dpo.distribution import data_parallel_size, distribute_batch
+from keras_dpo.execution import check_remat, choose_execution
+from keras_dpo.log_probs import Array
 from keras_dpo.losses import LossLike
 from keras_dpo.metrics import make_metrics
+from keras_dpo.packed_backbone import layer_settings
 from keras_dpo.preprocessor import DPOPreprocessor
 from keras_dpo.reference import (
     ModelReference,
@@ -28,7 +35,11 @@ from keras_dpo.reference import (
     Reference,
     SnapshotReference,
 )
+from keras_dpo.reference_store import ReferenceStore, hash_weights
 from keras_dpo.steps import PreferenceSteps
+
+# Tokens of a batch without gradients.
+PRECOMPUTE_TOKENS = 8192
 
 
 @keras.saving.register_keras_serializable(package="keras_dpo")
@@ -44,10 +55,27 @@ class DPOModel(PreferenceSteps):
             from the data or computed once before training; or `None`.
         preprocessor: A `DPOPreprocessor`; `"auto"` makes one from the
             policy's own tokenizer, if it has one.
+        precompute_reference: Whether the reference's log-probs are computed
+            once, before training, kept on disk and read again by the next run.
+            The reference then leaves memory, and cannot be synced. With the
+            initial policy as reference the same as `"precomputed"`.
+        reference_cache: The directory for them; `~/.cache/keras_dpo/reference`
+            if left out.
         disable_dropout: Whether dropout is off in the policy while it trains.
             The reference never has dropout.
         split_head: `"auto"` computes logits of completion tokens alone where
             the family is proven; False takes them from the whole output.
+        packing: `"auto"` puts all pairs of a step into one row without
+            padding where the family is proven; False, one row per pair.
+        prompt_sharing: `"auto"` computes a prompt once per pair where the
+            family is proven; False, with each completion.
+        attention: `"auto"`; `"blocks"` (loops over blocks of keys, for CPU)
+            and `"fused"` (`jax.nn.dot_product_attention`, for GPU and TPU) keep
+            no scores; `"keras"` is the family's own attention, on padded
+            sequences: no packing, no sharing.
+        remat: `"layers"` computes each decoder layer again in the backward
+            pass instead of keeping its values; `"none"`; `"auto"`, layers where
+            the step would not fit the memory otherwise.
 
     Raises:
         ValueError: The policy has nothing to train, or the reference shares
@@ -69,11 +97,34 @@ class DPOModel(PreferenceSteps):
         policy: keras.Model,
         reference: keras.Model | str | None = "initial",
         preprocessor: DPOPreprocessor | str | None = "auto",
+        precompute_reference: bool = False,
+        reference_cache: str | None = None,
         disable_dropout: bool = True,
         split_head: bool | str = "auto",
+        packing: bool | str = "auto",
+        prompt_sharing: bool | str = "auto",
+        attention: str = "auto",
+        remat: str = "auto",
         **kwargs: Any,
     ) -> None:
         check_policy(policy, reference)
+        if precompute_reference and reference is None:
+            raise ValueError(
+                "precompute_reference=True needs a reference. Received: "
+                "reference=None. Leave one of them out."
+            )
+        if precompute_reference and reference == "initial":
+            reference = "precomputed"
+        self.precompute_reference = (
+            precompute_reference or reference == "precomputed"
+        )
+        if reference_cache is not None and not self.precompute_reference:
+            raise ValueError(
+                "`reference_cache` has no effect on a reference that runs "
+                f"online. Received: {reference_cache!r}. Set "
+                "precompute_reference=True or leave it out."
+            )
+        self.reference_cache = reference_cache
         # The policy's dtype policy: loss scaling follows it.
         kwargs.setdefault("dtype", policy.dtype_policy)
         super().__init__(**kwargs)
@@ -83,13 +134,20 @@ class DPOModel(PreferenceSteps):
             reference if isinstance(reference, str | None) else "model"
         )
         self.disable_dropout = disable_dropout
-        self.split_head_choice = split_head
-        if split_head is True and not can_split_head(policy):
-            raise ValueError(
-                "split_head=True needs a family whose head is proven to split. "
-                f"Received: {type(policy).__name__}. Use split_head='auto'."
-            )
-        self.split_head = can_split_head(policy) and split_head is not False
+        self._execution_choices: dict[str, Any] = {
+            "split_head": split_head,
+            "packing": packing,
+            "prompt_sharing": prompt_sharing,
+            "attention": attention,
+        }
+        self.execution = choose_execution(
+            policy,
+            reference if isinstance(reference, keras.Model) else None,
+            disable_dropout,
+            **self._execution_choices,
+        )
+        self.remat_choice = check_remat(remat)
+        self.remat = remat == "layers"
         # JAX arrays never change, so keeping them is a snapshot that costs
         # nothing until training replaces them.
         self._initial_values = [v.value for v in policy.trainable_variables]
@@ -105,6 +163,7 @@ class DPOModel(PreferenceSteps):
         self._pair_metrics = []
         self._optional_metrics = []
         self._fitting = False
+        self._attention_windows: set[int] | None = None
         # Sorts after `policy` and `reference`: loaded last (see the class).
         self.stored_state = lora.StoredState(self)
         self.built = True
@@ -196,7 +255,7 @@ class DPOModel(PreferenceSteps):
                     "so its initial weights are gone. Make a new DPOModel."
                 )
             self.reference = SnapshotReference(
-                self.policy, self._initial_values, self.split_head
+                self.policy, self._initial_values, self.execution.split_head
             )
         if choice == "initial" and not isinstance(self.reference, NoReference):
             self._initial_values = []
@@ -262,10 +321,14 @@ class DPOModel(PreferenceSteps):
                 False,
                 validation_steps,
             )
-        datasets = [train] if valid is None else [train, valid]
-        self._prepare(datasets, self.gradient_accumulation_steps)
+        micro_batches = self.gradient_accumulation_steps
+        train = self._prepare(train, micro_batches, epochs - initial_epoch)
+        if valid is not None:
+            valid = self._prepare(valid)
+        if self.precompute_reference:
+            self._drop_reference_model()
         if verbose:
-            report_start(self)
+            report_start(self, train, epochs)
         own = [_EpochOfDataset(train)]
         if self._at_step_zero():
             FirstBatchCheck(self).run(train[0])
@@ -299,7 +362,7 @@ class DPOModel(PreferenceSteps):
         self._assert_compile_called("evaluate")
         if "_use_cached_eval_dataset" not in kwargs:
             x = make_dataset(x, self.preprocessor, batch_size, False, steps)
-            self._prepare([x])
+            x = self._prepare(x)
         kwargs.pop("y", None)
         kwargs.pop("sample_weight", None)
         # Inside `fit` the running training metrics would be lost. Copies: the
@@ -336,25 +399,63 @@ class DPOModel(PreferenceSteps):
             reward_margin, in nats. A pair that the data report dropped is NaN.
         """
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
-        self._prepare([dataset])
+        dataset = self._prepare(dataset)
         outputs = super().predict(dataset, verbose=verbose, callbacks=callbacks)
         return dataset.in_input_order(outputs)
 
     def _prepare(
-        self, datasets: list[PreferenceDataset], micro_batches: int = 1
-    ) -> None:
-        """Check that the datasets fit the model, loss and reference."""
+        self,
+        dataset: PreferenceDataset,
+        micro_batches: int = 1,
+        epochs: int = 1,
+    ) -> PreferenceDataset:
+        """The dataset as this model runs it, checked against all it needs."""
         self._ensure_reference()
-        for dataset in datasets:
-            dataset.check_fits(self, micro_batches)
-        if isinstance(self.reference, PrecomputedReference):
-            missing = [d for d in datasets if not d.has_reference]
-            if missing:
-                self._precompute(missing)
+        dataset.check_fits(self, micro_batches)
+        if self.precompute_reference and not dataset.has_reference:
+            if not isinstance(self.reference, NoReference):
+                self._precompute(dataset)
+        if not self.execution.in_rows:
+            return dataset
+        return dataset.packed(self._packing(dataset, micro_batches), epochs)
 
-    def _precompute(self, datasets: list[PreferenceDataset]) -> None:
-        """Fill in reference log-probs with the policy as it still is."""
-        if not self._at_step_zero():
+    def _packing(
+        self, dataset: PreferenceDataset, micro_batches: int
+    ) -> Packing:
+        """Rows for the attention that the policy and reference run."""
+        longest = dataset.longest_sequence
+        if self._attention_windows is None:
+            models = [self.policy]
+            if isinstance(self.reference, ModelReference):
+                models.append(self.reference.model)
+            self._attention_windows = {
+                settings.window
+                for model in models
+                for settings in layer_settings(model.backbone)
+            }
+        fused = self.execution.attention == "fused"
+        return Packing(
+            micro_batches=micro_batches,
+            devices=data_parallel_size(),
+            share_prompt=self.execution.prompt_sharing,
+            pack=self.execution.packing,
+            windows=tuple(
+                sorted(
+                    {w if w < longest else 0 for w in self._attention_windows}
+                )
+            ),
+            sequence_length=round_up(longest, BLOCK) if fused else None,
+        )
+
+    def _precompute(self, dataset: PreferenceDataset) -> None:
+        """Fill in reference log-probs: read what is on disk, compute the rest.
+
+        Batches are larger than those of training: nothing is kept for a
+        gradient.
+        """
+        reference = self.reference
+        online = reference if isinstance(reference, ModelReference) else None
+        if online is None and not self._at_step_zero():
             raise ValueError(
                 'reference="precomputed" needs reference_chosen_log_prob and '
                 "reference_rejected_log_prob in the data, or a policy that has "
@@ -364,16 +465,73 @@ class DPOModel(PreferenceSteps):
             )
         trainable = [v.value for v in self.trainable_variables]
         non_trainable = [v.value for v in self.non_trainable_variables]
+        scored = self.policy if online is None else online.model
+        store = ReferenceStore(
+            self.reference_cache or cache_directory() / "reference",
+            dataset.pairs,
+            {
+                "reference weights": hash_weights(scored.variables),
+                "number types": scored.dtype_policy.name,
+            },
+            strict=self.reference_cache is not None,
+        )
 
-        def run(batch: dict[str, Any]) -> Array:
+        @functools.partial(jax.jit, compiler_options=compiler_options())
+        def run(trainable: Any, non_trainable: Any, batch: Any) -> Array:
             placeholder = jnp.zeros(batch["completion_ids"].shape, "float32")
             batch = {**batch, "reference_log_probs": placeholder}
-            policy, *_ = self._forward(trainable, non_trainable, batch, False)
-            return policy.log_probs * policy.mask
+            policy, stored, *_ = self._forward(
+                trainable, non_trainable, batch, False
+            )
+            found = policy if online is None else stored
+            return found.log_probs * found.mask
 
-        run = jax.jit(run)
-        for dataset in datasets:
-            dataset.fill_reference(lambda batch: np.asarray(run(batch)))
+        parts = self._precomputed_parts(dataset, store)
+
+        def compute(n: int) -> Iterator[tuple[int, np.ndarray]]:
+            for indices in parts[n].all_batches():
+                batch = distribute_batch(parts[n].make_batch(indices))
+                values = np.asarray(run(trainable, non_trainable, batch))
+                yield from zip(indices, values, strict=False)
+
+        store.fill(compute)
+        dataset.use_reference(store)
+
+    def _drop_reference_model(self) -> None:
+        """Let go of a reference whose log-probs are stored."""
+        if isinstance(self.reference, ModelReference):
+            # Keras would keep a layer that is only replaced.
+            del self.reference
+            self.reference = PrecomputedReference()
+            self.reference_choice = "precomputed"
+
+    def precompute(self, x: Any, *, batch_size: int | None = None) -> None:
+        """Compute and store the reference's log-probs of the pairs of `x`.
+
+        `fit` and `evaluate` do so by themselves; a store that is there is
+        only read. Needs `precompute_reference=True`.
+        """
+        if not self.precompute_reference:
+            raise ValueError(
+                "The reference runs online. Make the model with "
+                "precompute_reference=True."
+            )
+        self._ensure_reference()
+        self._precompute(make_dataset(x, self.preprocessor, batch_size, False))
+
+    def _precomputed_parts(
+        self, dataset: PreferenceDataset, store: ReferenceStore
+    ) -> list[PreferenceDataset]:
+        """The store's parts of a dataset, in batches of few shapes."""
+        indices = [store.indices(n) for n in range(store.num_parts)]
+        parts = dataset.parts(indices, PRECOMPUTE_TOKENS)
+        if not self.execution.in_rows:
+            return parts
+        packing = self._packing(dataset, 1)
+        parts = [part.packed(packing) for part in parts]
+        totals = np.concatenate([part.row_totals() for part in parts])
+        packing = dataclasses.replace(packing, lengths=choose_lengths(totals))
+        return [part.packed(packing) for part in parts]
 
     def _at_step_zero(self) -> bool:
         if getattr(self, "optimizer", None) is None:
@@ -389,7 +547,10 @@ class DPOModel(PreferenceSteps):
             "trained_parts": lora.trained_parts(self.policy),
             "reference": self.reference_choice,
             "disable_dropout": self.disable_dropout,
-            "split_head": self.split_head_choice,
+            "precompute_reference": self.precompute_reference,
+            "reference_cache": self.reference_cache,
+            **self._execution_choices,
+            "remat": self.remat_choice,
         }
         if self.reference_choice == "model":
             config["reference_model"] = lora.policy_config(self.reference.model)
@@ -415,7 +576,7 @@ class DPOModel(PreferenceSteps):
     def summary(self, *args: Any, **kwargs: Any) -> None:
         """Print the policy, the reference and what is trained."""
         self.policy.summary(*args, **kwargs)
-        report_start(self, kwargs.get("print_fn", print))
+        report_start(self, print_fn=kwargs.get("print_fn", print))
 
 
 class _EpochOfDataset(keras.callbacks.Callback):

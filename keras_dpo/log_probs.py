@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_dpo.packed_backbone import packed_hidden_states, run_layers
 from keras_dpo.vocabulary_head import (
     TokenStatistics,
+    chunked_statistics,
     head_logits,
     token_statistics,
 )
@@ -21,7 +23,7 @@ Array = jax.Array
 Batch = dict[str, Array]
 
 # Families whose CausalLM is exactly `token_embedding(backbone(x), reverse)`:
-# tests/test_families.py proves each.
+# tests/test_log_probs.py proves each.
 SPLIT_FAMILIES = (
     "Bloom",
     "Falcon",
@@ -60,24 +62,30 @@ def completion_statistics(
     training: bool = False,
     wanted: Collection[str] = (),
     split_head: bool = True,
+    remat: bool = False,
 ) -> TokenStatistics:
     """Statistics of the completion tokens, each `(pairs, 2, tokens)`.
 
-    Positions beyond a completion's length hold values of no meaning; the
-    mask comes from lengths, so that a pad token equal to EOS changes nothing.
+    Positions that are not scored hold values of no meaning; the mask comes
+    from lengths, so that a pad token equal to EOS changes nothing.
 
     Args:
         policy: A Keras-Hub `CausalLM`, or a model from `{"token_ids",
             "padding_mask"}` to logits `(rows, length, vocabulary)`.
-        batch: `token_ids` `(pairs, 2, length)`, `completion_ids` `(pairs, 2,
-            tokens)`, `prompt_lengths` and `completion_lengths` `(pairs, 2)`,
-            all int32.
+        batch: `completion_ids` `(pairs, 2, tokens)`, `prompt_lengths` and
+            `completion_lengths` `(pairs, 2)`, all int32, and either
+            `token_ids` `(pairs, 2, length)` or the rows of
+            `data.packing.pack_batch`.
         training: Whether dropout is on.
         wanted: Further fields of `TokenStatistics` to fill.
         split_head: False computes logits of every position and reads the
             completion's from them: the plain path.
+        remat: Whether decoder layers are computed again in the backward pass
+            instead of keeping their inner values.
     """
     batch = jax.tree.map(jnp.asarray, batch)
+    if "row_ids" in batch:
+        return _row_statistics(policy, batch, wanted, remat)
     pairs, _, length = batch["token_ids"].shape
     tokens = batch["completion_ids"].shape[-1]
     totals = batch["prompt_lengths"] + batch["completion_lengths"]
@@ -96,7 +104,7 @@ def completion_statistics(
         return jnp.take_along_axis(states, positions, axis=2)
 
     if split_head:
-        hidden = policy.backbone(inputs, training=training)
+        hidden = run_layers(policy.backbone, inputs, training, remat)
         logits = head_logits(
             policy.backbone.token_embedding, at_completion(hidden)
         )
@@ -104,3 +112,28 @@ def completion_statistics(
         outputs = policy(inputs, training=training)
         logits = at_completion(outputs).astype("float32")
     return token_statistics(logits, batch["completion_ids"], wanted)
+
+
+def _row_statistics(
+    policy: keras.Model, batch: Batch, wanted: Collection[str], remat: bool
+) -> TokenStatistics:
+    """The same, from packed rows, in chunks of scored tokens."""
+    hidden = packed_hidden_states(policy, batch, remat)
+    states = jnp.take_along_axis(
+        hidden, batch["scored_states"][..., None], axis=1
+    )
+    statistics = chunked_statistics(
+        policy.backbone.token_embedding,
+        states,
+        batch["scored_ids"],
+        batch["scored_counts"],
+        wanted,
+    )
+    slots = batch["scored_slots"]
+    flat = slots.reshape(hidden.shape[0], -1)
+    return jax.tree.map(
+        lambda values: jnp.take_along_axis(values, flat, axis=1).reshape(
+            slots.shape
+        ),
+        statistics,
+    )

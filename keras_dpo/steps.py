@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from keras_dpo.compilation import steps_with_options
+from keras_dpo.execution import Execution
 from keras_dpo.log_probs import (
     Array,
     Batch,
@@ -32,7 +34,8 @@ class PreferenceSteps(keras.Model):
     reference: Any
     preference_loss: PreferenceLoss
     disable_dropout: bool
-    split_head: bool
+    execution: Execution
+    remat: bool
     gradient_accumulation_steps: int
     _pair_metrics: list[keras.metrics.Mean]
     _optional_metrics: list[str]
@@ -103,7 +106,8 @@ class PreferenceSteps(keras.Model):
                 batch,
                 training=training and not self.disable_dropout,
                 wanted=wanted,
-                split_head=self.split_head,
+                split_head=self.execution.split_head,
+                remat=training and self.remat,
             )
         policy = PairLogProbs(
             statistics.log_probs,
@@ -255,6 +259,18 @@ class PreferenceSteps(keras.Model):
             outputs["reference_chosen_log_prob"] = reference.chosen
             outputs["reference_rejected_log_prob"] = reference.rejected
         return outputs, non_trainable
+
+    def make_train_function(self, force: bool = False) -> None:
+        with steps_with_options():
+            super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> None:
+        with steps_with_options():
+            super().make_test_function(force)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        with steps_with_options():
+            return super().make_predict_function(force)
 
     def _purge_model_variables(self, **kwargs: Any) -> None:
         # Keras 3.15 empties the variables before a step to save memory that

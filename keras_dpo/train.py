@@ -12,6 +12,7 @@ import yaml
 
 from keras_dpo import callbacks as dpo_callbacks
 from keras_dpo.callbacks.generation_samples import sample_answers
+from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.sources import read_rows
@@ -47,6 +48,7 @@ def train(config: DPOConfig) -> TrainingRun:
     for line in config.unread_flags():
         say(f"Note: {line}")
     keras.utils.set_random_seed(config.seed)
+    keep_compiled(config.compilation_cache)
     choose_attention(config.attn_mechanism)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
@@ -98,6 +100,7 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
         ValueError: A setting, the data or the model is wrong.
     """
     require(config, "repo_id", "dataset_name")
+    keep_compiled(config.compilation_cache)
     choose_attention(config.attn_mechanism)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
@@ -141,7 +144,7 @@ def choose_attention(mechanism: str) -> None:
         keras.config.disable_flash_attention()
     else:
         runs = "auto (flash where Keras finds it possible)"
-    say(f"Attention: {runs}")
+    say(f"Attention on padded sequences: {runs}")
 
 
 def make_policy(config: DPOConfig) -> keras.Model:
@@ -223,11 +226,18 @@ def make_model(
         reference = None
     elif config.reference_model_repo_id:
         reference = load_policy(config.reference_model_repo_id, config.dtype)
+    choices: dict[str, Any] = {"auto": "auto", "true": True, "false": False}
     return DPOModel(
         policy,
         reference,
         preprocessor=preprocessor,
+        precompute_reference=config.reference == "precomputed",
+        reference_cache=config.reference_cache,
         disable_dropout=config.disable_dropout,
+        packing=choices[config.packing],
+        prompt_sharing=choices[config.prompt_sharing],
+        attention=config.attention,
+        remat=config.remat,
     )
 
 

@@ -48,6 +48,12 @@ def _clean_keras():
     keras.utils.clear_session(free_memory=False)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """What is cached on disk stays with the test."""
+    monkeypatch.setenv("KERAS_DPO_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def loss_oracle():
     return json.loads(need_shared("oracle", "trl_losses.json").read_text())

@@ -324,7 +324,7 @@ def test_compilations_are_the_buckets_in_use():
     plain = model.train_step
 
     def counted(state, batch):
-        traces.append(batch["token_ids"].shape)
+        traces.append(batch["row_ids"].shape)
         return plain(state, batch)
 
     model.train_step = counted

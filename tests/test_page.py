@@ -279,9 +279,9 @@ def test_attn_mechanism_is_said_and_set(run, capsys):
     module = importlib.import_module("keras_dpo.train")
     # Keras says None for "where it is possible", False for "never".
     for name, value, said in (
-        ("vanilla", False, "Attention: vanilla\n"),
+        ("vanilla", False, "sequences: vanilla\n"),
         ("flash", None, "there is no flash attention on cpu"),
-        ("auto", None, "Attention: auto"),
+        ("auto", None, "sequences: auto"),
     ):
         module.choose_attention(name)
         assert keras.config.is_flash_attention_enabled() is value

@@ -1,12 +1,20 @@
 """`PreferenceDataset`: records in, batches of static shapes out."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_dpo.data.packing import (
+    Packing,
+    choose_lengths,
+    deal,
+    pack_batch,
+    round_up,
+)
 from keras_dpo.data.records import normalize_records
 from keras_dpo.data.sources import read_rows
 from keras_dpo.messages import say
@@ -14,6 +22,8 @@ from keras_dpo.preprocessor import DPOPreprocessor, Tokenized, count_notes
 
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# Batches whose pairs are dealt among them, so that all are about as long.
+BALANCED_BATCHES = 64
 
 
 class PreferenceDataset(keras.utils.PyDataset):
@@ -91,7 +101,9 @@ class PreferenceDataset(keras.utils.PyDataset):
                 + "."
             )
         self.shapes = _choose_shapes(self.pairs, buckets)
-        self._reference: list[np.ndarray] | None = None
+        self.packing: Packing | None = None
+        self._reference: Any = None
+        self._packed_lengths = np.zeros(0, int)
         self._cached_order: tuple[int, list[np.ndarray]] | None = None
         self._read_reference()
 
@@ -122,6 +134,11 @@ class PreferenceDataset(keras.utils.PyDataset):
         return len(self.pairs)
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with its longer completion."""
+        return max(_lengths(pair)[0] for pair in self.pairs)
+
+    @property
     def num_batches(self) -> int:
         """Batches of an epoch."""
         return self.steps_per_epoch or self.batches_per_pass
@@ -140,6 +157,10 @@ class PreferenceDataset(keras.utils.PyDataset):
         number, index = divmod(step, self.batches_per_pass)
         return self._order(number)[index]
 
+    def all_batches(self) -> list[np.ndarray]:
+        """Indices of the pairs of every batch of the first pass."""
+        return self._order(0)
+
     def _order(self, number: int) -> list[np.ndarray]:
         """The batches of one pass through the data."""
         number = number if self.shuffle else 0
@@ -152,6 +173,8 @@ class PreferenceDataset(keras.utils.PyDataset):
         order = np.arange(self.num_pairs)
         if self.shuffle:
             order = random.permutation(order)
+        if self.packing is not None:
+            return self._balanced(order, self.packing)
         bucket_of = np.array([self._bucket(pair) for pair in self.pairs])
         batches, left = [], np.array([], int)
         for bucket in range(len(self.shapes)):
@@ -163,6 +186,27 @@ class PreferenceDataset(keras.utils.PyDataset):
         if self.shuffle:
             batches = [batches[i] for i in random.permutation(len(batches))]
         return batches
+
+    def _balanced(
+        self, order: np.ndarray, packing: Packing
+    ) -> list[np.ndarray]:
+        """Batches of about as many tokens, pairs that do not fill one last.
+
+        Every pair is in one batch and every batch has as many pairs, so the
+        expectation of a step is that of batches drawn at random.
+        """
+        lengths = self._packed_lengths
+        full = len(order) // self.batch_size
+        batches = []
+        for first in range(0, full, BALANCED_BATCHES):
+            last = min(first + BALANCED_BATCHES, full)
+            window = order[first * self.batch_size : last * self.batch_size]
+            batches += [
+                window[part] for part in deal(lengths[window], last - first)
+            ]
+        batches = [b[packing.order(lengths[b])] for b in batches]
+        rest = order[full * self.batch_size :]
+        return [*batches, rest] if len(rest) else batches
 
     def _bucket(self, pair: Tokenized) -> int:
         length, tokens = _lengths(pair)
@@ -212,10 +256,16 @@ class PreferenceDataset(keras.utils.PyDataset):
         """
         indices = list(indices)
         pairs = [self.pairs[i] for i in indices]
-        length, tokens = self.shapes[max(self._bucket(p) for p in pairs)]
         size = self.batch_size
-        batch = {
-            "token_ids": np.zeros((size, 2, length), "int32"),
+        batch: dict[str, np.ndarray]
+        if self.packing is None:
+            length, tokens = self.shapes[max(self._bucket(p) for p in pairs)]
+            token_ids = np.zeros((size, 2, length), "int32")
+            batch = {"token_ids": token_ids}
+        else:
+            tokens = self.shapes[-1][1]
+            batch = pack_batch(self.packing, pairs, size, tokens)
+        batch |= {
             "completion_ids": np.zeros((size, 2, tokens), "int32"),
             "completion_mask": np.zeros((size, 2, tokens), "int32"),
             # Empty rows have one prompt token, so that none is all padding.
@@ -229,8 +279,9 @@ class PreferenceDataset(keras.utils.PyDataset):
             batch["margin"][row] = pair.extras.get("margin", 0.0)
             batch["prompt_lengths"][row] = len(pair.prompt_ids)
             for side, ids, scored in _sides(pair):
-                whole = [*pair.prompt_ids, *ids]
-                batch["token_ids"][row, side, : len(whole)] = whole
+                if self.packing is None:
+                    whole = [*pair.prompt_ids, *ids]
+                    token_ids[row, side, : len(whole)] = whole
                 batch["completion_ids"][row, side, : len(ids)] = ids
                 batch["completion_lengths"][row, side] = len(ids)
                 flags = 1 if scored is None else scored
@@ -242,6 +293,51 @@ class PreferenceDataset(keras.utils.PyDataset):
                 log_probs[row, :, : stored.shape[1]] = stored
             batch["reference_log_probs"] = log_probs
         return batch
+
+    def packed(self, packing: Packing, epochs: int = 1) -> "PreferenceDataset":
+        """The same pairs in rows; the dataset itself stays as it is.
+
+        Args:
+            packing: The layout. If it has no lengths, they are chosen here.
+            epochs: How many the lengths are chosen for.
+        """
+        dataset = copy.copy(self)
+        dataset._cached_order = None
+        dataset._packed_lengths = packing.pair_lengths(self.pairs)
+        dataset.packing = packing
+        if not packing.lengths:
+            # More epochs hold about the same lengths.
+            lengths = choose_lengths(dataset.row_totals(min(epochs, 3)))
+            dataset.packing = dataclasses.replace(packing, lengths=lengths)
+        return dataset
+
+    def row_totals(self, epochs: int = 1) -> np.ndarray:
+        """Tokens of the longest row of each batch, `(batches,)`."""
+        totals = []
+        row_of = (self.packing or Packing()).row_of(self.batch_size)
+        for number in range(epochs if self.shuffle else 1):
+            for batch in self._order(number):
+                rows = row_of[: len(batch)]
+                tokens = np.bincount(rows, self._packed_lengths[batch])
+                totals.append(tokens.max())
+        return np.array(totals, int)
+
+    def describe_rows(self) -> str:
+        """One line: how batches are laid out, and what that saves."""
+        packing, totals = self.packing or Packing(), self.row_totals()
+        real = self._packed_lengths.sum()
+        rows = packing.num_rows(self.batch_size)
+        computed = rows * sum(packing.row_length(total) for total in totals)
+        separate = dataclasses.replace(packing, share_prompt=False)
+        apart = separate.pair_lengths(self.pairs).sum()
+        lengths = ", ".join(f"{length:,}" for length in packing.lengths)
+        text = (
+            f"Rows of {lengths} tokens, {rows} a batch, "
+            f"{1 - real / computed:.1%} padding"
+        )
+        if packing.share_prompt:
+            text += f"; prompts once per pair: {1 - real / apart:.0%} less"
+        return text
 
     # --- Stored reference log-probs -------------------------------------------
 
@@ -277,18 +373,33 @@ class PreferenceDataset(keras.utils.PyDataset):
                 stored[side, first] = pair.extras[names[side]]
             self._reference.append(stored)
 
-    def fill_reference(
-        self, log_probs: Callable[[dict[str, np.ndarray]], np.ndarray]
-    ) -> None:
-        """Store per-token log-probs that a function gives for each batch."""
-        stored: list[Any] = [None] * self.num_pairs
-        for batch in self._order(0):
-            values = log_probs(self.make_batch(batch))
-            for row, index in enumerate(batch):
-                longest = _lengths(self.pairs[index])[1]
-                stored[index] = values[row, :, :longest].copy()
+    def use_reference(self, stored: Any) -> None:
+        """Take reference log-probs from `stored[pair]`, `(2, tokens)`."""
         self._reference = stored
         self.reference_is_summed = False
+
+    def parts(self, indices: list[np.ndarray], tokens: int) -> list[Any]:
+        """Some of the pairs each, in order, in batches of their own size.
+
+        Args:
+            indices: Of each part's pairs.
+            tokens: About as many per batch; never fewer pairs than now.
+        """
+        size = max(self.batch_size, tokens // self._mean_pair_length())
+        parts = []
+        for part in indices:
+            dataset = copy.copy(self)
+            dataset.shuffle = False
+            dataset.pairs = [self.pairs[i] for i in part]
+            dataset.batch_size = round_up(size, self.batch_size)
+            dataset._reference = None
+            dataset._cached_order = None
+            parts.append(dataset)
+        return parts
+
+    def _mean_pair_length(self) -> int:
+        lengths = [_lengths(pair)[0] for pair in self.pairs]
+        return 2 * sum(lengths) // len(lengths)
 
     # --- Checks -------------------------------------------------------------
 
@@ -394,7 +505,7 @@ def _choose_shapes(
     if buckets is None:
         buckets = [b for b in DEFAULT_BUCKETS if b < longest]
         # Past the last power of two, the next multiple of 64.
-        rounded = -(-longest // 64) * 64
+        rounded = round_up(longest, 64)
         larger = [b for b in DEFAULT_BUCKETS if b >= longest]
         buckets = [*buckets, min([rounded, *larger])]
     buckets = sorted(buckets)
@@ -410,7 +521,7 @@ def _choose_shapes(
         inside = [t for length, t in lengths if lower < length <= bucket]
         lower = bucket
         if inside:
-            tokens = min(-(-max(inside) // 32) * 32, bucket)
+            tokens = min(round_up(max(inside), 32), bucket)
             # Leftovers of a shorter bucket must fit, too.
             tokens = max([tokens, *(shape[1] for shape in shapes)])
             shapes.append((bucket, tokens))

@@ -1,0 +1,67 @@
+"""How steps are compiled, and where compiled steps are kept."""
+
+import contextlib
+import functools
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import keras
+
+# XLA's CPU backend (JAX 0.10) gives most products to YNNPACK and those of a
+# kernel's gradient to Eigen, and runs both at once on threads of their own: a
+# quarter slower than Eigen alone on two cores (docs/benchmarks.md).
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """Options of `jax.jit` for this backend; none that XLA does not know."""
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=CPU_OPTIONS)(0)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return CPU_OPTIONS
+
+
+@contextlib.contextmanager
+def steps_with_options() -> Iterator[None]:
+    """Keras' JAX trainer makes its steps with `compiler_options`."""
+    trainer = keras.src.backend.jax.trainer
+    original = trainer.jit
+    trainer.jit = functools.partial(
+        original, compiler_options=compiler_options()
+    )
+    try:
+        yield
+    finally:
+        trainer.jit = original
+
+
+def cache_directory() -> pathlib.Path:
+    """`$KERAS_DPO_CACHE`, else `~/.cache/keras_dpo`."""
+    root = os.environ.get("KERAS_DPO_CACHE", "~/.cache/keras_dpo")
+    return pathlib.Path(root).expanduser()
+
+
+def keep_compiled(directory: str | None) -> None:
+    """Keep compiled steps on disk, so that a second start compiles nothing.
+
+    Args:
+        directory: Where; None for the user's cache directory, `"none"` to
+            keep nothing. What JAX was told before wins over None.
+    """
+    if directory == "none":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    already = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if directory is None and already:
+        return
+    path = pathlib.Path(directory or cache_directory() / "compiled")
+    path.expanduser().mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path.expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,297 @@
+"""Rows of packed pairs through a Keras-Hub backbone's own layers.
+
+The one place that reaches into Keras-Hub. Its decoder layers hand queries and
+unrepeated keys to an attention function, with the position of every token,
+where a serving context says so (`keras_hub.src.vllm`, Keras-Hub 0.32): rows
+use that way in. Phi3 and SmolLM3 have no such way and are patched for the
+duration of a call. `tests/test_packed_backbone.py` tells when upstream changes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_dpo.data.packing import BLOCK
+from keras_dpo.distribution import over_rows
+from keras_dpo.flat_products import flat_einsum, flat_matmul
+from keras_dpo.row_attention import (
+    Row,
+    Settings,
+    attend_in_blocks,
+    attend_in_sequences,
+)
+
+Array = jax.Array
+Batch = dict[str, Array]
+# Told (settings) of each layer; a stand-in for the attention itself.
+AttentionFunction = Callable[[Array, Array, Array, Settings], Array]
+
+# Families proven to give the plain path's values and gradients, by
+# tests/test_packed_backbone.py.
+PACKED_FAMILIES = (
+    "Gemma",
+    "Gemma3",
+    "GPT2",
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "OPT",
+    "Phi3",
+    "Qwen",
+    "Qwen3",
+    "SmolLM3",
+)
+
+
+def packed_hidden_states(
+    policy: keras.Model, batch: Batch, remat: bool = False
+) -> Array:
+    """The last hidden states of every row, `(rows, length, hidden)`.
+
+    Args:
+        policy: A Keras-Hub `CausalLM` of `PACKED_FAMILIES`.
+        batch: What `data.packing.pack_batch` returns.
+        remat: Whether each decoder layer's inner values are computed again in
+            the backward pass instead of kept.
+    """
+    rows, length = batch["row_ids"].shape
+    hidden = run_backbone(
+        policy.backbone,
+        batch["row_ids"].reshape(-1),
+        batch["row_positions"].reshape(-1),
+        _row_attention(batch),
+        remat,
+    )
+    return hidden.reshape(rows, length, -1)
+
+
+def run_backbone(
+    backbone: keras.Model,
+    token_ids: Array,
+    positions: Array,
+    attention: AttentionFunction,
+    remat: bool = False,
+) -> Array:
+    """Flat tokens through the backbone, `(tokens, hidden)`."""
+    from keras_hub.src.vllm.context import vllm_context_scope
+
+    def paged_attention(
+        cache: None,
+        query: Array,
+        key: Array,
+        value: Array,
+        scale: float,
+        head: int,
+        heads: int,
+        groups: int,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[None, Array]:
+        settings = Settings(float(scale), sliding_window or 0, soft_cap)
+        tokens = query.shape[0]
+        output = attention(
+            query.reshape(tokens, groups, heads // groups, head),
+            key.reshape(tokens, groups, head),
+            value.reshape(tokens, groups, head),
+            settings,
+        )
+        return None, output.reshape(tokens, heads * head)
+
+    # Every token is a sequence of its own to all layers but attention.
+    inputs = {
+        "token_ids": token_ids[:, None],
+        "padding_mask": jnp.ones((token_ids.shape[0], 1), "int32"),
+    }
+    ops = keras.src.ops
+    with (
+        vllm_context_scope(paged_attention, positions),
+        _families_without_a_way_in(backbone, positions),
+        _replaced(ops, "matmul", flat_matmul(ops.matmul)),
+        _replaced(ops, "einsum", flat_einsum(ops.einsum)),
+    ):
+        return run_layers(backbone, inputs, False, remat)[:, 0]
+
+
+def run_layers(
+    backbone: keras.Model, inputs: Batch, training: bool, remat: bool
+) -> Array:
+    """The backbone on a batch, `(rows, length, hidden)`.
+
+    Args:
+        backbone: A Keras-Hub backbone.
+        inputs: Its inputs.
+        training: Whether dropout is on.
+        remat: Whether each decoder layer is a `jax.checkpoint`. (Keras' own
+            `keras.remat` crashes around these layers, Keras 3.15.)
+    """
+    if not remat:
+        return backbone(inputs, training=training)
+    layers = {id(layer) for layer in backbone.transformer_layers}
+
+    def operation(layer: Any) -> Any:
+        if id(layer) not in layers:
+            return layer
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return jax.checkpoint(lambda x: layer(x, *args[1:], **kwargs))(
+                args[0]
+            )
+
+        return call
+
+    inputs = backbone._standardize_inputs(inputs)
+    return backbone._run_through_graph(inputs, operation)
+
+
+def layer_settings(backbone: keras.Model) -> list[Settings]:
+    """The attention settings of every decoder layer, in order."""
+    seen: list[Settings] = []
+
+    def record(
+        query: Array, key: Array, value: Array, settings: Settings
+    ) -> Array:
+        seen.append(settings)
+        return query
+
+    ids = jax.ShapeDtypeStruct((BLOCK,), "int32")
+    with keras.StatelessScope():
+        jax.eval_shape(
+            lambda ids: run_backbone(backbone, ids, ids, record), ids
+        )
+    return seen
+
+
+def _row_attention(batch: Batch) -> AttentionFunction:
+    """Attention among the tokens of each of the batch's rows."""
+    rows, length = batch["row_ids"].shape
+
+    def attention(
+        query: Array, key: Array, value: Array, settings: Settings
+    ) -> Array:
+        split = [
+            a.reshape(rows, length, *a.shape[1:]) for a in (query, key, value)
+        ]
+        if "sequence_slots" in batch:
+            output = _over_sequences(*split, batch, settings)
+        else:
+            output = _over_blocks(*split, batch, settings)
+        return output.reshape(query.shape)
+
+    return attention
+
+
+def _over_sequences(
+    query: Array, key: Array, value: Array, batch: Batch, settings: Settings
+) -> Array:
+    rows = query.shape[0]
+    tokens = batch["sequence_slots"].shape[-1]
+    lengths = batch["prompt_lengths"] + batch["completion_lengths"]
+    return attend_in_sequences(
+        query,
+        key,
+        value,
+        batch["sequence_slots"].reshape(rows, -1, tokens),
+        batch["row_slots"],
+        lengths.reshape(rows, -1),
+        settings,
+    )
+
+
+def _over_blocks(
+    query: Array, key: Array, value: Array, batch: Batch, settings: Settings
+) -> Array:
+    """`attend_in_blocks` row by row; on a mesh each device has its own."""
+    window = settings.window
+    if f"blocks_{window}" not in batch:
+        window = 0  # A window that no sequence is longer than.
+    pattern = Row(
+        batch["row_segments"],
+        batch["row_positions"],
+        batch[f"blocks_{window}"],
+        batch[f"block_counts_{window}"],
+    )
+
+    def one(inputs: Any) -> Array:
+        query, key, value, row = inputs
+        output = attend_in_blocks(
+            jnp.transpose(query, (1, 2, 0, 3)),
+            jnp.transpose(key, (1, 0, 2)),
+            jnp.transpose(value, (1, 0, 2)),
+            row,
+            settings,
+        )
+        return jnp.transpose(output, (2, 0, 1, 3))
+
+    def each(*inputs: Any) -> Array:
+        if inputs[0].shape[0] == 1:
+            return one(jax.tree.map(lambda a: a[0], inputs))[None]
+        return jax.lax.map(one, inputs)
+
+    return over_rows(each)(query, key, value, pattern)
+
+
+@contextlib.contextmanager
+def _families_without_a_way_in(
+    backbone: keras.Model, positions: Array
+) -> Iterator[None]:
+    """Give Phi3 and SmolLM3 positions and the context's attention."""
+    from keras_hub.src.layers.modeling.rotary_embedding import RotaryEmbedding
+    from keras_hub.src.models.phi3.phi3_attention import Phi3Attention
+    from keras_hub.src.models.smollm3 import smollm3_layers
+    from keras_hub.src.vllm.attention import vllm_paged_attention
+
+    attention_class = {
+        "Phi3Backbone": Phi3Attention,
+        "SmolLM3Backbone": smollm3_layers.SmolLM3Attention,
+    }.get(type(backbone).__name__)
+    if attention_class is None:
+        yield
+        return
+
+    def compute_attention(
+        self: Any, query: Array, key: Array, value: Array, *_: Any, **__: Any
+    ) -> Array:
+        groups = self.num_key_value_groups
+        # Every group's heads hold the same repeated key.
+        return vllm_paged_attention(
+            query,
+            key[:, :, ::groups],
+            value[:, :, ::groups],
+            self._inv_norm_factor,
+        )
+
+    def at_positions(original: Any) -> Any:
+        """Rotate by the table of all positions, read at each token's own."""
+
+        def embedding(self: Any, inputs: Array, *_: Any, **__: Any) -> Any:
+            shape = (1, inputs.shape[0], *inputs.shape[2:])
+            table = original(self, inputs.reshape(shape))
+            return jax.tree.map(
+                lambda a: jnp.take(a[0], positions, axis=0)[:, None], table
+            )
+
+        return embedding
+
+    if attention_class is Phi3Attention:
+        owner, name = RotaryEmbedding, "_compute_cos_sin_embedding"
+    else:
+        owner, name = smollm3_layers.SmolLM3RotaryEmbedding, "call"
+    with (
+        _replaced(attention_class, "_compute_attention", compute_attention),
+        _replaced(owner, name, at_positions(getattr(owner, name))),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

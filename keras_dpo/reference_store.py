@@ -1,0 +1,184 @@
+"""Reference log-probs on disk, computed once.
+
+A store is a directory named after the content it was computed from: the
+reference's weights, the token ids, the number types and the layout. It is
+written part by part, each beside its place and renamed, so that a run that is
+killed goes on with the next part.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import keras
+import numpy as np
+
+from keras_dpo.messages import say
+from keras_dpo.preprocessor import Tokenized
+
+# Raised when stores of an earlier version must not be read.
+LAYOUT = "1"
+PAIRS_PER_PART = 256
+
+
+def hash_weights(variables: Iterable[keras.Variable]) -> str:
+    """Of every value, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for variable in variables:
+        value = np.ascontiguousarray(jax.device_get(variable.value))
+        digest.update(f"{value.shape} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view("uint8").data)
+    return digest.hexdigest()
+
+
+def hash_token_ids(pairs: Iterable[Tokenized]) -> str:
+    """Of every prompt and completion, in order, and what of it is scored."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        for values in (
+            pair.prompt_ids,
+            pair.chosen_ids,
+            pair.rejected_ids,
+            pair.chosen_scored or (),
+            pair.rejected_scored or (),
+        ):
+            digest.update(len(values).to_bytes(8, "little"))
+            digest.update(np.asarray(values, "int32").tobytes())
+    return digest.hexdigest()
+
+
+class ReferenceStore:
+    """Per-token reference log-probs of one dataset.
+
+    Args:
+        root: Where stores lie, one directory each.
+        pairs: The dataset's pairs.
+        content: What the log-probs depend on beyond the token ids, by name.
+        strict: Whether a store of the same token ids and other content is an
+            error: the user named the directory.
+
+    Raises:
+        ValueError: `strict`, and the directory holds such a store.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        pairs: Sequence[Tokenized],
+        content: dict[str, str],
+        strict: bool = False,
+    ) -> None:
+        self._content = {
+            **content,
+            "token_ids": hash_token_ids(pairs),
+            "layout": LAYOUT,
+        }
+        text = json.dumps(self._content, sort_keys=True).encode()
+        name = hashlib.blake2b(text, digest_size=12).hexdigest()
+        root = pathlib.Path(root).expanduser()
+        self.directory = root / f"reference-{name}"
+        if strict and not self.directory.exists():
+            self._refuse_stale(root)
+        widths = [len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
+        self._splits = [len(p.chosen_ids) for p in pairs]
+        self._widths = np.array(widths)
+        self._parts: dict[int, np.ndarray] = {}
+
+    def _refuse_stale(self, root: pathlib.Path) -> None:
+        for path in sorted(root.glob("reference-*/content.json")):
+            content = json.loads(path.read_text())
+            if content.get("token_ids") != self._content["token_ids"]:
+                continue
+            changed = [
+                name
+                for name, value in self._content.items()
+                if content.get(name) != value
+            ]
+            raise ValueError(
+                f"{path.parent} holds reference log-probs of these pairs, but "
+                f"with other {' and '.join(changed)}. Remove it, or choose "
+                "another reference_cache."
+            )
+
+    @property
+    def num_parts(self) -> int:
+        """Files that make up the store."""
+        return -(-len(self._widths) // PAIRS_PER_PART)
+
+    def fill(
+        self, compute: Callable[[int], Iterable[tuple[int, np.ndarray]]]
+    ) -> None:
+        """Compute and write the parts that are not there yet.
+
+        Args:
+            compute: From a part's number to the place in the part of each of
+                its pairs, with its log-probs `(2, tokens)`.
+        """
+        missing = [
+            n for n in range(self.num_parts) if not self._path(n).exists()
+        ]
+        if not missing:
+            say(f"Reference log-probs: read from {self.directory}")
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_beside(
+            self.directory / "content.json",
+            json.dumps(self._content, indent=1).encode(),
+        )
+        for n in missing:
+            indices = self.indices(n)
+            say(
+                f"Reference log-probs: pairs {indices[0]:,} to "
+                f"{indices[-1] + 1:,} of {len(self._widths):,}"
+            )
+            ends = np.cumsum(self._widths[indices])
+            flat = np.zeros(ends[-1], "float32")
+            for place, values in compute(n):
+                index = indices[place]
+                end, chosen = ends[place], self._splits[index]
+                start = end - self._widths[index]
+                flat[start : start + chosen] = values[0, :chosen]
+                rejected = end - start - chosen
+                flat[start + chosen : end] = values[1, :rejected]
+            write_beside(self._path(n), flat.tobytes())
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Log-probs of a pair, `(2, tokens)`, zero beyond a completion."""
+        n = index // PAIRS_PER_PART
+        widths = self._widths[self.indices(n)]
+        if n not in self._parts:
+            path = self._path(n)
+            if path.stat().st_size != 4 * widths.sum():
+                raise ValueError(
+                    f"{path} is damaged: it holds {path.stat().st_size} bytes, "
+                    f"not {4 * widths.sum()}. Remove it to compute it again."
+                )
+            self._parts[n] = np.memmap(path, "float32", mode="r")
+        start = widths[: index % PAIRS_PER_PART].sum()
+        end = start + self._widths[index]
+        middle = start + self._splits[index]
+        values = np.zeros((2, max(middle - start, end - middle)), "float32")
+        values[0, : middle - start] = self._parts[n][start:middle]
+        values[1, : end - middle] = self._parts[n][middle:end]
+        return values
+
+    def indices(self, n: int) -> np.ndarray:
+        """The pairs of a part."""
+        first = n * PAIRS_PER_PART
+        return np.arange(first, min(first + PAIRS_PER_PART, len(self._widths)))
+
+    def _path(self, n: int) -> pathlib.Path:
+        return self.directory / f"part-{n:06d}.float32"
+
+
+def write_beside(path: pathlib.Path, content: bytes) -> None:
+    """Write a file beside its place, and rename it there."""
+    beside = path.with_name(path.name + ".writing")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

@@ -1,0 +1,144 @@
+"""Pairs per second and peak memory of a training step, ours and the peers'.
+
+    python tests/benchmarks/compare.py --model DIR \
+        --ours PYTHON --trl PYTHON --tunix PYTHON --easydel PYTHON
+
+Each side runs in its own environment (see `docs/benchmarks.md`), on the same
+weights and token ids, in turn, `--rounds` times over; the first step of a run
+is left out. A ratio is only worth something within one run of this script.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def make_records(args, path):
+    """Token ids of the demo's first pairs, cut as our preprocessor does."""
+    script = f"""
+import json, os
+os.environ["KERAS_BACKEND"] = "jax"
+import keras_dpo
+from keras_dpo.presets import load_tokenizer
+tokenizer = load_tokenizer({args.model!r})
+data = keras_dpo.PreferenceDataset({args.data!r}, keras_dpo.DPOPreprocessor(
+    tokenizer, max_length={args.max_length},
+    max_prompt_length={args.max_length // 2}), 1, verbose=False)
+pairs = data.pairs[:{args.pairs * args.steps}]
+if {args.longest_prompts}:
+    pairs = sorted(data.pairs, key=lambda p: -len(p.prompt_ids))[
+        :{args.pairs * args.steps}]
+names = ("prompt_ids", "chosen_ids", "rejected_ids")
+json.dump([{{n: list(getattr(p, n)) for n in names}} for p in pairs],
+    open({str(path)!r}, "w"))
+"""
+    subprocess.run([args.ours, "-c", script], check=True, cwd=ROOT)
+    records = json.loads(path.read_text())
+    lengths = [
+        (len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"]))
+        for r in records
+    ]
+    print(
+        f"{len(records)} pairs, {sum(2 * p + c + r for p, c, r in lengths)} "
+        f"tokens; {sum(p + c + r for p, c, r in lengths)} with prompts once"
+    )
+
+
+def run(args, side, setting, records):
+    """Seconds of each step after the first, peak MiB, and the losses."""
+    job = {
+        "records": str(records),
+        "model": args.model,
+        "setting": setting,
+        "pairs": args.pairs,
+        "steps": args.steps,
+        "max_length": args.max_length,
+        "lora_rank": args.lora_rank,
+    }
+    worker = HERE / f"worker_{side}.py"
+    done = subprocess.run(
+        [
+            getattr(args, "ours" if side == "keras_dpo" else side),
+            worker,
+            json.dumps(job),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=args.timeout,
+    )
+    lines = [
+        json.loads(line)
+        for line in done.stdout.splitlines()
+        if line.startswith("{") and '"peak_mib"' in line
+    ]
+    if done.returncode or not lines:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return None
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return seconds[1:], lines[-1]["peak_mib"], losses
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", default="../shared/data/dpo_en_demo.json")
+    parser.add_argument("--ours", default=sys.executable)
+    for side in ("trl", "tunix", "easydel"):
+        parser.add_argument(f"--{side}", help=f"Python with {side}")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=["keras_dpo:default", "trl:float32"],
+        help="side:setting; the first is what the others are divided by",
+    )
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--lora_rank", type=int, default=0)
+    parser.add_argument("--longest_prompts", action="store_true")
+    parser.add_argument("--timeout", type=float, default=3600)
+    args = parser.parse_args()
+    seconds = {side: [] for side in args.sides}
+    peaks = dict.fromkeys(args.sides, 0)
+    with tempfile.TemporaryDirectory() as scratch:
+        records = pathlib.Path(scratch) / "records.json"
+        make_records(args, records)
+        for number in range(args.rounds):
+            for side in args.sides:
+                found = run(args, *side.split(":"), records)
+                if found is None:
+                    print(f"round {number}: {side} failed")
+                    continue
+                seconds[side] += found[0]
+                peaks[side] = max(peaks[side], found[1])
+                print(
+                    f"round {number}: {side}: "
+                    f"{[round(s, 2) for s in found[0]]} s, {found[1]} MiB, "
+                    f"first loss {found[2][0]:.4f}",
+                    flush=True,
+                )
+    print("\n| side | s/step (median) | pairs/s | x ours | peak MiB |")
+    print("|---|---|---|---|---|")
+    ours = statistics.median(seconds[args.sides[0]])
+    for side in args.sides:
+        if not seconds[side]:
+            continue
+        median = statistics.median(seconds[side])
+        print(
+            f"| {side} | {median:.2f} | {args.pairs / median:.3f} | "
+            f"{median / ours:.2f} | {peaks[side]} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

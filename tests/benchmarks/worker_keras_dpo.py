@@ -1,0 +1,59 @@
+"""Our side of `compare.py`."""
+
+import json
+import os
+import resource
+import sys
+import time
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras_dpo  # isort: skip
+import keras
+
+
+class Timer(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss = float(logs["loss"])  # Waits for the step.
+        report(seconds=time.perf_counter() - self.start, loss=loss)
+
+
+def report(**values):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({**values, "peak_mib": peak // 1024}), flush=True)
+
+
+SETTINGS = {
+    "default": {},
+    "stored reference": {"reference": "precomputed"},
+    "plain": {"attention": "keras", "split_head": False},
+    "plain, split head": {"attention": "keras"},
+    "no packing": {"packing": False},
+    "no prompt sharing": {"prompt_sharing": False},
+    "remat": {"remat": "layers"},
+    "stored reference, remat": {"reference": "precomputed", "remat": "layers"},
+}
+
+
+def main():
+    job = json.loads(sys.argv[1])
+    records = json.load(open(job["records"]))
+    policy = keras_dpo.load_policy(job["model"])
+    if job["lora_rank"]:
+        policy.backbone.enable_lora(job["lora_rank"])
+    model = keras_dpo.DPOModel(
+        policy, preprocessor=None, **SETTINGS[job["setting"]]
+    )
+    model.compile(optimizer=keras.optimizers.AdamW(1e-6))
+    data = keras_dpo.PreferenceDataset(
+        records, batch_size=job["pairs"], shuffle=False, verbose=False
+    )
+    data.steps_per_epoch = job["steps"]
+    model.fit(data, verbose=0, callbacks=[Timer()])
+
+
+main()
