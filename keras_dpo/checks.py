@@ -102,6 +102,8 @@ def report_start(
         print_fn(note)
     if dataset is not None and dataset.packing is not None:
         print_fn(dataset.describe_rows())
+    if model.remat:
+        print_fn("Decoder layers are computed again in the backward pass.")
     online = not isinstance(reference, NoReference | PrecomputedReference)
     if online and epochs > 1:
         print_fn(

@@ -1,4 +1,4 @@
-"""The command line: `keras-dpo train|inspect|evaluate|generate|demo`."""
+"""The command line: `keras-dpo train|inspect|precompute|plan|...`."""
 
 import dataclasses
 import json
@@ -106,6 +106,8 @@ def _make_parser() -> tuple[Any, dict[str, Callable[..., None]]]:
 
     add("train", run_train, "Preference-tune a policy.", _add_config)
     add("inspect", run_inspect, "Show what a dataset holds.", _add_inspect)
+    add("precompute", run_precompute, "Store reference log-probs.", _add_config)
+    add("plan", run_plan, "Predict memory and work of a step.", _add_config)
     add("evaluate", run_evaluate, "Measure a policy on pairs.", _add_config)
     add("generate", run_generate, "Answer prompts.", _add_generate)
     add("demo", run_demo, "A two-minute demo, offline.", _add_demo)
@@ -186,6 +188,22 @@ def run_train(**options: Any) -> None:
     from keras_dpo.train import train
 
     train(DPOConfig(**options))
+
+
+def run_precompute(**options: Any) -> None:
+    """`keras-dpo precompute`: the stores' directories."""
+    from keras_dpo.train import precompute
+
+    for directory in precompute(DPOConfig(**options)):
+        say(str(directory))
+
+
+def run_plan(**options: Any) -> None:
+    """`keras-dpo plan`: nothing is trained, no weights are read."""
+    from keras_dpo.train import plan
+
+    for line in plan(DPOConfig(**options)).lines():
+        say(line)
 
 
 def run_inspect(show: int, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -25,6 +26,11 @@ from keras_dpo.distribution import data_parallel_size, distribute_batch
 from keras_dpo.execution import check_remat, choose_execution
 from keras_dpo.log_probs import Array
 from keras_dpo.losses import LossLike
+from keras_dpo.memory import (
+    MemoryReport,
+    layers_must_be_computed_again,
+    memory_report,
+)
 from keras_dpo.metrics import make_metrics
 from keras_dpo.packed_backbone import layer_settings
 from keras_dpo.preprocessor import DPOPreprocessor
@@ -163,6 +169,8 @@ class DPOModel(PreferenceSteps):
         self._pair_metrics = []
         self._optional_metrics = []
         self._fitting = False
+        # What the stored log-probs were computed from, once they are.
+        self._reference_content: dict[str, str] | None = None
         self._attention_windows: set[int] | None = None
         # Sorts after `policy` and `reference`: loaded last (see the class).
         self.stored_state = lora.StoredState(self)
@@ -327,6 +335,8 @@ class DPOModel(PreferenceSteps):
             valid = self._prepare(valid)
         if self.precompute_reference:
             self._drop_reference_model()
+        if self.remat_choice == "auto":
+            self.remat = layers_must_be_computed_again(self, train)
         if verbose:
             report_start(self, train, epochs)
         own = [_EpochOfDataset(train)]
@@ -447,7 +457,7 @@ class DPOModel(PreferenceSteps):
             sequence_length=round_up(longest, BLOCK) if fused else None,
         )
 
-    def _precompute(self, dataset: PreferenceDataset) -> None:
+    def _precompute(self, dataset: PreferenceDataset) -> pathlib.Path:
         """Fill in reference log-probs: read what is on disk, compute the rest.
 
         Batches are larger than those of training: nothing is kept for a
@@ -455,26 +465,25 @@ class DPOModel(PreferenceSteps):
         """
         reference = self.reference
         online = reference if isinstance(reference, ModelReference) else None
-        if online is None and not self._at_step_zero():
-            raise ValueError(
-                'reference="precomputed" needs reference_chosen_log_prob and '
-                "reference_rejected_log_prob in the data, or a policy that has "
-                f"not been trained. Received: {steps_done(self.optimizer)}"
-                " steps of training. Fill in the log-probs before `fit`, with "
-                "a PreferenceDataset made beforehand."
-            )
-        trainable = [v.value for v in self.trainable_variables]
-        non_trainable = [v.value for v in self.non_trainable_variables]
         scored = self.policy if online is None else online.model
+        if self._reference_content is None:
+            self._check_can_precompute()
+            self._reference_content = {
+                "reference weights": hash_weights(scored.variables),
+                "number types": scored.dtype_policy.name,
+            }
         store = ReferenceStore(
             self.reference_cache or cache_directory() / "reference",
             dataset.pairs,
-            {
-                "reference weights": hash_weights(scored.variables),
-                "number types": scored.dtype_policy.name,
-            },
+            self._reference_content,
             strict=self.reference_cache is not None,
         )
+        if not store.is_whole and online is None:
+            self._check_can_precompute()
+        trainable = [v.value for v in self.trainable_variables]
+        non_trainable = [v.value for v in self.non_trainable_variables]
+        # JAX keeps the function for a while: it must not keep the reference.
+        of_policy = online is None
 
         @functools.partial(jax.jit, compiler_options=compiler_options())
         def run(trainable: Any, non_trainable: Any, batch: Any) -> Array:
@@ -483,7 +492,7 @@ class DPOModel(PreferenceSteps):
             policy, stored, *_ = self._forward(
                 trainable, non_trainable, batch, False
             )
-            found = policy if online is None else stored
+            found = policy if of_policy else stored
             return found.log_probs * found.mask
 
         parts = self._precomputed_parts(dataset, store)
@@ -496,20 +505,46 @@ class DPOModel(PreferenceSteps):
 
         store.fill(compute)
         dataset.use_reference(store)
+        return store.directory
+
+    def memory_report(
+        self, x: Any, *, batch_size: int | None = None
+    ) -> MemoryReport:
+        """What a training step on `x` takes: bytes by what holds them, FLOPs.
+
+        The step is compiled, and not run. See `fit` for `x`.
+        """
+        self._assert_compile_called("memory_report")
+        dataset = make_dataset(x, self.preprocessor, batch_size, True)
+        self._ensure_reference()
+        if self.execution.in_rows:
+            micro_batches = self.gradient_accumulation_steps
+            dataset = dataset.packed(self._packing(dataset, micro_batches))
+        return memory_report(self, dataset)
 
     def _drop_reference_model(self) -> None:
         """Let go of a reference whose log-probs are stored."""
         if isinstance(self.reference, ModelReference):
-            # Keras would keep a layer that is only replaced.
-            del self.reference
+            # Keras (3.15) keeps a layer whose attribute is replaced or
+            # deleted, and a list of all layers of when it was compiled.
+            dropped = {id(x) for x in self.reference._flatten_layers()}
+            self._tracker.untrack(self.reference)
             self.reference = PrecomputedReference()
+            state: Any = self.__dict__.get("_compiled_trainable_state", {})
+            self._compiled_trainable_state = {
+                layer: trainable
+                for layer, trainable in state.items()
+                if id(layer) not in dropped
+            }
             self.reference_choice = "precomputed"
 
-    def precompute(self, x: Any, *, batch_size: int | None = None) -> None:
+    def precompute(
+        self, x: Any, *, batch_size: int | None = None
+    ) -> pathlib.Path:
         """Compute and store the reference's log-probs of the pairs of `x`.
 
         `fit` and `evaluate` do so by themselves; a store that is there is
-        only read. Needs `precompute_reference=True`.
+        only read. Needs `precompute_reference=True`. Returns its directory.
         """
         if not self.precompute_reference:
             raise ValueError(
@@ -517,7 +552,20 @@ class DPOModel(PreferenceSteps):
                 "precompute_reference=True."
             )
         self._ensure_reference()
-        self._precompute(make_dataset(x, self.preprocessor, batch_size, False))
+        dataset = make_dataset(x, self.preprocessor, batch_size, False)
+        return self._precompute(dataset)
+
+    def _check_can_precompute(self) -> None:
+        """Raise where the reference is no longer there to be run."""
+        if isinstance(self.reference, ModelReference) or self._at_step_zero():
+            return
+        raise ValueError(
+            'reference="precomputed" needs reference_chosen_log_prob and '
+            "reference_rejected_log_prob in the data, or a policy that has not "
+            f"been trained. Received: {steps_done(self.optimizer)} steps of "
+            "training, and pairs whose log-probs were not stored. Call "
+            "precompute(pairs) before fit."
+        )
 
     def _precomputed_parts(
         self, dataset: PreferenceDataset, store: ReferenceStore

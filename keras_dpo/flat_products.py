@@ -40,10 +40,11 @@ def flat_matmul(matmul: Callable[..., Any]) -> Callable[..., Any]:
     """`keras.ops.matmul` that flattens the tokens before a kernel."""
 
     def flat(inputs: Any, kernel: Any) -> Any:
-        if getattr(kernel, "ndim", 0) != 2 or inputs.ndim < 3:
+        # LoRA multiplies variables with each other: not tokens.
+        if not isinstance(inputs, Array) or inputs.ndim < 3:
             return matmul(inputs, kernel)
         kernel = jnp.asarray(kernel)
-        if inputs.dtype != kernel.dtype:
+        if kernel.ndim != 2 or inputs.dtype != kernel.dtype:
             return matmul(inputs, kernel)
         output = product(inputs.reshape(-1, inputs.shape[-1]), kernel)
         return output.reshape(*inputs.shape[:-1], kernel.shape[-1])
@@ -59,7 +60,8 @@ def flat_einsum(einsum: Callable[..., Any]) -> Callable[..., Any]:
 
     def flat(equation: str, *operands: Any, **options: Any) -> Any:
         axes = _kernel_axes(equation)
-        if axes is None or options or len(operands) != 2:
+        tokens = isinstance(operands[0], Array) and len(operands) == 2
+        if axes is None or options or not tokens:
             return einsum(equation, *operands, **options)
         num_leading, contracted, order = axes
         inputs, kernel = (jnp.asarray(operand) for operand in operands)

@@ -172,14 +172,12 @@ def _row_attention(batch: Batch) -> AttentionFunction:
     def attention(
         query: Array, key: Array, value: Array, settings: Settings
     ) -> Array:
-        split = [
-            a.reshape(rows, length, *a.shape[1:]) for a in (query, key, value)
-        ]
-        if "sequence_slots" in batch:
-            output = _over_sequences(*split, batch, settings)
-        else:
-            output = _over_blocks(*split, batch, settings)
-        return output.reshape(query.shape)
+        attend = _over_sequences if "sequence_slots" in batch else _over_blocks
+        q, k, v = (
+            array.reshape(rows, length, *array.shape[1:])
+            for array in (query, key, value)
+        )
+        return attend(q, k, v, batch, settings).reshape(query.shape)
 
     return attention
 

@@ -54,6 +54,37 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
     return policy
 
 
+def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
+    """The policy without its weights, and with so many layers.
+
+    Reads a preset's configuration alone.
+    """
+    import keras_hub
+
+    preset = os.fspath(preset)
+    config = _read_config(preset)
+    options: dict[str, Any] = {"num_layers": num_layers, "load_weights": False}
+    if config.get("model_type") == "llama":
+        family = keras_hub.models.Llama3Backbone
+    else:
+        family = keras_hub.models.Backbone
+    backbone = family.from_preset(preset, dtype=dtype, **options)
+    tasks = keras_hub.models.CausalLM.__subclasses__()
+    task = next(t for t in tasks if t.backbone_cls is type(backbone))
+    return task(backbone=backbone, preprocessor=None)
+
+
+def count_layers(preset: str) -> int:
+    """Decoder layers of a preset, from its configuration alone."""
+    import keras_hub
+
+    config = _read_config(preset)
+    if not config:
+        config = keras_hub.src.utils.preset_utils.load_json(preset)
+    layers = config.get("num_hidden_layers")
+    return int(layers or config["config"]["num_layers"])
+
+
 def load_tokenizer(preset: str) -> Any:
     """The tokenizer that `load_policy` would use, without the weights."""
     import keras_hub

@@ -108,6 +108,11 @@ class ReferenceStore:
         """Files that make up the store."""
         return -(-len(self._widths) // PAIRS_PER_PART)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every part is there."""
+        return all(self._path(n).exists() for n in range(self.num_parts))
+
     def fill(
         self, compute: Callable[[int], Iterable[tuple[int, np.ndarray]]]
     ) -> None:

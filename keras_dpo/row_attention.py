@@ -95,12 +95,12 @@ def _forward(
             _turns(row, i),
             key_blocks,
             (
-                jnp.full(shape, MASKED, "float32"),
+                # Above what is masked: tokens that see nothing give zero.
+                jnp.full(shape, 0.1 * MASKED, "float32"),
                 jnp.zeros(shape, "float32"),
                 jnp.zeros(block.shape, "float32"),
             ),
         )
-        # Tokens that see nothing stand at the end of a row.
         total = jnp.maximum(total, 1e-30)
         split = (groups, queries, BLOCK)
         result = (sums / total[..., None]).reshape(*split, head)

@@ -17,9 +17,16 @@ from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.sources import read_rows
 from keras_dpo.dpo_model import DPOModel
+from keras_dpo.memory import MemoryReport, extrapolate
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import DPOPreprocessor
-from keras_dpo.presets import load_policy, save_policy
+from keras_dpo.presets import (
+    count_layers,
+    load_outline,
+    load_policy,
+    load_tokenizer,
+    save_policy,
+)
 from keras_dpo.report import write_report
 from keras_dpo.schedules import WarmupThenDecay
 
@@ -116,6 +123,82 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
     return model.evaluate(dataset, return_dict=True)
 
 
+def precompute(config: DPOConfig) -> list[pathlib.Path]:
+    """Store the reference's log-probs of a config's training pairs.
+
+    And of its validation pairs. A training run with `reference: precomputed`
+    and the same settings reads them. Returns the stores' directories.
+
+    Raises:
+        ValueError: A setting, the data or the model is wrong.
+    """
+    require(config, "repo_id", "dataset_name")
+    config = dataclasses.replace(config, reference="precomputed")
+    keep_compiled(config.compilation_cache)
+    policy = make_policy(config)
+    preprocessor = make_preprocessor(config, policy)
+    datasets = make_datasets(config, preprocessor)
+    model = make_model(config, policy, preprocessor)
+    model.compile(loss=config.make_loss())
+    return [model.precompute(d) for d in datasets if d is not None]
+
+
+def plan(config: DPOConfig) -> MemoryReport:
+    """What a config's training step takes, without the policy's weights.
+
+    The step is compiled for a policy of two and of four layers; the rest
+    follows, for a decoder's layers are alike.
+
+    Raises:
+        ValueError: A setting or the data is wrong.
+    """
+    require(config, "repo_id")
+    keep_compiled(config.compilation_cache)
+    layers = (2, 4, count_layers(config.repo_id))
+    reports = []
+    for number in layers[:2]:
+        policy = make_policy(config, number)
+        preprocessor = None
+        rows: Any = [longest_pair(config)] * config.total_batch_size
+        if config.dataset_name:
+            preprocessor = DPOPreprocessor(
+                load_tokenizer(config.repo_id),
+                config.max_length,
+                config.max_prompt_length,
+                config.max_completion_length,
+                config.chat_template,
+                config.on_overflow,
+            )
+            rows = read_rows(config.dataset_name, config.dataset_split)
+        dataset = PreferenceDataset(
+            rows,
+            preprocessor,
+            config.total_batch_size,
+            seed=config.seed,
+            column_map=config.column_map,
+            verbose=False,
+        )
+        model = make_model(config, policy, preprocessor, number)
+        model.compile(
+            optimizer=make_optimizer(config, total_steps(config, dataset)),
+            loss=config.make_loss(),
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )
+        reports.append(model.memory_report(dataset))
+    return extrapolate(reports[0], reports[1], layers)
+
+
+def longest_pair(config: DPOConfig) -> dict[str, list[int]]:
+    """Token ids of a pair that takes all that the limits allow."""
+    prompt = config.max_prompt_length
+    completion = config.max_completion_length or config.max_length - prompt
+    return {
+        "prompt_ids": [1] * prompt,
+        "chosen_ids": [1] * completion,
+        "rejected_ids": [1] * completion,
+    }
+
+
 def require(config: DPOConfig, *names: str) -> None:
     """Raise where a setting that has no default is missing."""
     for name in names:
@@ -147,8 +230,13 @@ def choose_attention(mechanism: str) -> None:
     say(f"Attention on padded sequences: {runs}")
 
 
-def make_policy(config: DPOConfig) -> keras.Model:
-    """The policy, with LoRA if asked for."""
+def make_policy(config: DPOConfig, num_layers: int | None = None) -> Any:
+    """The policy, with LoRA if asked for.
+
+    Args:
+        config: The settings.
+        num_layers: An outline of so many layers instead, without weights.
+    """
     dtype = config.dtype
     if dtype == "bfloat16" and not config.lora_rank:
         dtype = "mixed_bfloat16"
@@ -156,7 +244,10 @@ def make_policy(config: DPOConfig) -> keras.Model:
             "dtype: mixed_bfloat16 (computed in bfloat16; what is trained "
             "stays float32, for Adam does not move 16-bit weights)"
         )
-    policy = load_policy(config.repo_id, dtype)
+    if num_layers is None:
+        policy = load_policy(config.repo_id, dtype)
+    else:
+        policy = load_outline(config.repo_id, num_layers, dtype)
     if config.lora_rank:
         policy.backbone.enable_lora(config.lora_rank, config.lora_target_layers)
     return policy
@@ -218,14 +309,21 @@ def make_datasets(
 
 
 def make_model(
-    config: DPOConfig, policy: keras.Model, preprocessor: DPOPreprocessor
+    config: DPOConfig,
+    policy: keras.Model,
+    preprocessor: DPOPreprocessor | None,
+    num_layers: int | None = None,
 ) -> DPOModel:
-    """The policy beside its reference."""
+    """The policy beside its reference; see `make_policy`."""
     reference: Any = config.reference
     if config.reference_free or reference == "none":
         reference = None
     elif config.reference_model_repo_id:
-        reference = load_policy(config.reference_model_repo_id, config.dtype)
+        name = config.reference_model_repo_id
+        if num_layers is None:
+            reference = load_policy(name, config.dtype)
+        else:
+            reference = load_outline(name, num_layers, config.dtype)
     choices: dict[str, Any] = {"auto": "auto", "true": True, "false": False}
     return DPOModel(
         policy,

@@ -23,8 +23,8 @@ CACHE = pathlib.Path(
     os.environ.get("KERAS_DPO_TEST_CACHE", "~/.cache/keras_dpo_tests")
 ).expanduser()
 VOCABULARY = 64
-# Scripts for TRL's own environment.
-collect_ignore = ["trl"]
+# Scripts that are run by hand, some in TRL's own environment.
+collect_ignore = ["trl", "benchmarks"]
 
 # Compiled steps are kept, so that a second run of the tests is quick.
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))

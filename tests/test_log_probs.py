@@ -14,6 +14,7 @@ from keras_dpo.log_probs import (
     completion_mask,
     completion_statistics,
 )
+from keras_dpo.packed_backbone import PACKED_FAMILIES
 from keras_dpo.vocabulary_head import token_statistics
 
 COMMON = {"vocabulary_size": VOCABULARY, "num_layers": 2}
@@ -162,7 +163,8 @@ def test_split_head_equals_the_whole_model(case):
 def test_table_in_the_docs():
     """`docs/families.md` is written from this file; rerun to renew it."""
     rows = [
-        f"| {case} | `{family}CausalLM` |"
+        f"| {case} | `{family}CausalLM` | "
+        f"{'yes' if family in PACKED_FAMILIES else 'no'} |"
         for case, (family, _) in FAMILIES.items()
     ]
     text = "\n".join(
@@ -175,8 +177,15 @@ def test_table_in_the_docs():
             "or any Keras model that gives logits, takes the plain path. A "
             "mixture-of-experts model's router loss is not added.",
             "",
-            "| case | class |",
-            "|---|---|",
+            "Families with a yes run in packed rows: each prompt once, no "
+            "padding, attention without stored scores; proven by "
+            "`tests/test_packed_backbone.py::"
+            "test_rows_equal_the_plain_path`. The others run on padded "
+            "sequences, and so do these where attention dropout is on and "
+            "where Phi3's long-context scaling is used.",
+            "",
+            "| case | class | rows |",
+            "|---|---|---|",
             *rows,
             "",
         ]

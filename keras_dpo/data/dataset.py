@@ -103,7 +103,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         self.shapes = _choose_shapes(self.pairs, buckets)
         self.packing: Packing | None = None
         self._reference: Any = None
-        self._packed_lengths = np.zeros(0, int)
+        self.packed_lengths = np.zeros(0, int)
         self._cached_order: tuple[int, list[np.ndarray]] | None = None
         self._read_reference()
 
@@ -174,7 +174,12 @@ class PreferenceDataset(keras.utils.PyDataset):
         if self.shuffle:
             order = random.permutation(order)
         if self.packing is not None:
-            return self._balanced(order, self.packing)
+            batches = self._balanced(order, self.packing)
+            if not self.shuffle:
+                return batches
+            # Which batch of its window a pair is dealt to follows from its
+            # length: when the batch comes must not.
+            return [batches[i] for i in random.permutation(len(batches))]
         bucket_of = np.array([self._bucket(pair) for pair in self.pairs])
         batches, left = [], np.array([], int)
         for bucket in range(len(self.shapes)):
@@ -195,7 +200,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         Every pair is in one batch and every batch has as many pairs, so the
         expectation of a step is that of batches drawn at random.
         """
-        lengths = self._packed_lengths
+        lengths = self.packed_lengths
         full = len(order) // self.batch_size
         batches = []
         for first in range(0, full, BALANCED_BATCHES):
@@ -207,6 +212,10 @@ class PreferenceDataset(keras.utils.PyDataset):
         batches = [b[packing.order(lengths[b])] for b in batches]
         rest = order[full * self.batch_size :]
         return [*batches, rest] if len(rest) else batches
+
+    def bucket_of(self, index: int) -> int:
+        """Which of `shapes` a pair is padded to."""
+        return self._bucket(self.pairs[index])
 
     def _bucket(self, pair: Tokenized) -> int:
         length, tokens = _lengths(pair)
@@ -303,7 +312,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         """
         dataset = copy.copy(self)
         dataset._cached_order = None
-        dataset._packed_lengths = packing.pair_lengths(self.pairs)
+        dataset.packed_lengths = packing.pair_lengths(self.pairs)
         dataset.packing = packing
         if not packing.lengths:
             # More epochs hold about the same lengths.
@@ -318,14 +327,14 @@ class PreferenceDataset(keras.utils.PyDataset):
         for number in range(epochs if self.shuffle else 1):
             for batch in self._order(number):
                 rows = row_of[: len(batch)]
-                tokens = np.bincount(rows, self._packed_lengths[batch])
+                tokens = np.bincount(rows, self.packed_lengths[batch])
                 totals.append(tokens.max())
         return np.array(totals, int)
 
     def describe_rows(self) -> str:
         """One line: how batches are laid out, and what that saves."""
         packing, totals = self.packing or Packing(), self.row_totals()
-        real = self._packed_lengths.sum()
+        real = self.packed_lengths.sum()
         rows = packing.num_rows(self.batch_size)
         computed = rows * sum(packing.row_length(total) for total in totals)
         separate = dataclasses.replace(packing, share_prompt=False)

@@ -87,6 +87,8 @@ class Packing:
         Args:
             lengths: Tokens of each pair, `(pairs,)`.
         """
+        if not self.pack:
+            return np.arange(len(lengths))
         arranged = np.zeros(len(lengths), int)
         row_of = self.row_of(len(lengths))
         for step, group in enumerate(deal(lengths, self.micro_batches)):

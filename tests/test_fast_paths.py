@@ -1,0 +1,189 @@
+"""Every fast path, on and off, in whole training runs."""
+
+import logging
+
+import keras
+import numpy as np
+import pytest
+from conftest import random_pairs, tiny_policy, values_of
+
+import keras_dpo
+from keras_dpo import DPOModel, losses
+
+PLAIN = {"attention": "keras", "split_head": False}
+PATHS = {
+    "default": {},
+    "packing off": {"packing": False},
+    "prompt sharing off": {"prompt_sharing": False},
+    "fused attention": {"attention": "fused"},
+    "layers computed again": {"remat": "layers"},
+    "split head on padded sequences": {"attention": "keras"},
+}
+
+
+def train(options, loss="sigmoid", lora=False, metrics=None, **compile_options):
+    """Two epochs; the logs and the weights."""
+    policy = tiny_policy()
+    if lora:
+        keras.utils.set_random_seed(1)
+        policy.backbone.enable_lora(2)
+    model = DPOModel(policy, **options)
+    model.compile(
+        keras.optimizers.SGD(0.05),
+        loss=loss,
+        metrics=metrics,
+        **compile_options,
+    )
+    # One batch a step, so that the order does not matter.
+    pairs = random_pairs(12, longest=40)
+    history = model.fit(
+        pairs,
+        batch_size=12,
+        epochs=2,
+        verbose=0,
+        validation_data=pairs[:5],
+        validation_batch_size=5,
+        callbacks=model_callbacks(options),
+    ).history
+    scores = model.predict(pairs, batch_size=5, verbose=0)
+    return history, scores, values_of(policy.trainable_variables)
+
+
+def model_callbacks(options):
+    if options.get("precompute_reference"):
+        return []
+    return [keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5)]
+
+
+def assert_same(found, expected):
+    for name, values in expected[0].items():
+        if "accuracy" in name and "token" not in name:
+            # At step 0 margins are rounding noise, or ties.
+            continue
+        np.testing.assert_allclose(
+            found[0][name], values, rtol=1e-5, atol=1e-5, err_msg=name
+        )
+    for name, values in expected[1].items():
+        np.testing.assert_allclose(
+            found[1][name], values, atol=2e-5, err_msg=name
+        )
+    for a, b in zip(found[2], expected[2], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", list(PATHS))
+def test_a_run_equals_the_plain_path(path):
+    """Losses, metrics, validation, predictions and weights, with a sync."""
+    assert_same(train(PATHS[path]), train(PLAIN))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": True},
+        {"gradient_accumulation_steps": 3},
+        {"loss": "aot", "gradient_accumulation_steps": 1},
+        {"loss": {"sigmoid": 1.0, "sft": 0.2}},
+        {"loss": losses.Sigmoid(ld_alpha=0.5)},
+        {"loss": losses.Sigmoid(wpo=True)},
+        {"loss": losses.IPO(beta=0.5)},
+        {
+            "metrics": [
+                "chosen_logit",
+                "rejected_logit",
+                "entropy",
+                "token_accuracy",
+                "kl",
+                "chosen_length",
+            ]
+        },
+    ],
+    ids=lambda o: str(next(iter(o.values())))[:24],
+)
+def test_options_work_on_fast_paths(options):
+    assert_same(train({}, **options), train(PLAIN, **options))
+
+
+def test_stored_reference_on_fast_paths():
+    """What is stored equals what runs online, for train and validation."""
+    online = train({"reference": tiny_policy(seed=4)})
+    stored = train(
+        {"reference": tiny_policy(seed=4), "precompute_reference": True}
+    )
+    plain = train(
+        {
+            "reference": tiny_policy(seed=4),
+            "precompute_reference": True,
+            **PLAIN,
+        }
+    )
+    assert_same(stored, plain)
+    # Without the sync of `online` the first step is the same.
+    assert stored[0]["loss"][0] == pytest.approx(online[0]["loss"][0], rel=1e-5)
+
+
+def test_fast_paths_are_the_default_and_said(caplog):
+    caplog.set_level(logging.INFO, "keras_dpo")
+    model = DPOModel(tiny_policy())
+    assert model.execution.in_rows
+    assert model.execution.packing
+    assert model.execution.prompt_sharing
+    model.compile()
+    keras.config.disable_interactive_logging()
+    model.fit(random_pairs(4), batch_size=2, verbose=1)
+    assert "prompts once per pair" in caplog.text
+
+
+def test_what_cannot_be_is_told():
+    plain = keras.Sequential(
+        [keras.Input((None,), dtype="int32"), keras.layers.Embedding(64, 64)]
+    )
+    model = DPOModel(plain)
+    assert not model.execution.in_rows
+    assert "not among the families" in model.execution.notes[0]
+    with pytest.raises(ValueError, match="packing.*needs packed rows"):
+        DPOModel(plain, packing=True)
+    with pytest.raises(ValueError, match="dropout"):
+        DPOModel(
+            tiny_policy(dropout=0.1), disable_dropout=False, prompt_sharing=True
+        )
+    assert not DPOModel(
+        tiny_policy(dropout=0.1), disable_dropout=False
+    ).execution.in_rows
+    for mistake in (
+        {"attention": "flash"},
+        {"packing": "yes"},
+        {"remat": True},
+        {"reference": None, "precompute_reference": True},
+        {"reference_cache": "somewhere"},
+        {"attention": "keras", "packing": True},
+    ):
+        with pytest.raises(ValueError, match="Received"):
+            DPOModel(tiny_policy(), **mistake)
+
+
+def test_rows_compile_once_per_length():
+    data = keras_dpo.PreferenceDataset(
+        random_pairs(60, longest=80), batch_size=4, verbose=False
+    )
+    model = DPOModel(tiny_policy())
+    model.compile()
+    traces = []
+    plain = model.train_step
+
+    def counted(state, batch):
+        traces.append(batch["row_ids"].shape)
+        return plain(state, batch)
+
+    model.train_step = counted
+    model.fit(data, epochs=3, verbose=0)
+    prepared = model._prepare(data, epochs=3)
+    assert len(traces) == len(set(traces)) == len(prepared.packing.lengths)
+
+
+def test_config_keeps_the_choices():
+    model = DPOModel(tiny_policy(), packing=False, remat="layers")
+    again = DPOModel.from_config(model.get_config())
+    assert again.execution == model.execution
+    assert again.remat_choice == "layers"
+    assert again.remat
