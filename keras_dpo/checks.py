@@ -7,6 +7,7 @@ import jax
 import keras
 import numpy as np
 
+from keras_dpo.compilation import compiler_options
 from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
 from keras_dpo.reference import (
@@ -126,7 +127,10 @@ class FirstBatchCheck:
     def run(self, batch: dict[str, Any]) -> None:
         """Raise if the first batch's rewards or loss say otherwise."""
         model = self.model
-        if not isinstance(model.reference, SnapshotReference):
+        reference = model.reference
+        if not isinstance(reference, SnapshotReference):
+            return
+        if not reference.is_exact:
             return
         from keras_dpo.distribution import distribute_batch
 
@@ -144,7 +148,9 @@ class FirstBatchCheck:
                 loss.per_pair(policy, policy),
             )
 
-        rewards, found, expected = jax.jit(rewards_and_losses)(
+        rewards, found, expected = jax.jit(
+            rewards_and_losses, compiler_options=compiler_options()
+        )(
             [v.value for v in model.trainable_variables],
             [v.value for v in model.non_trainable_variables],
             distribute_batch(batch),

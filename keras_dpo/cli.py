@@ -210,6 +210,7 @@ def run_inspect(show: int, **options: Any) -> None:
     """`keras-dpo inspect`: the audit, and pairs as the model sees them."""
     from keras_dpo.data.audit import audit, render_pair
     from keras_dpo.data.dataset import PreferenceDataset
+    from keras_dpo.data.packing import Packing
     from keras_dpo.data.sources import read_rows
     from keras_dpo.preprocessor import DPOPreprocessor
     from keras_dpo.presets import load_tokenizer
@@ -245,6 +246,7 @@ def run_inspect(show: int, **options: Any) -> None:
             config.validation_split,
         )
     result = audit(dataset, validation)
+    result.lines.append(dataset.packed(Packing()).describe_rows())
     for line in result.lines:
         say(line)
     for title, histogram in (

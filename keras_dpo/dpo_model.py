@@ -67,6 +67,9 @@ class DPOModel(PreferenceSteps):
             initial policy as reference the same as `"precomputed"`.
         reference_cache: The directory for them; `~/.cache/keras_dpo/reference`
             if left out.
+        snapshot_dtype: Number type of the snapshot that `"initial"` keeps, such
+            as `"bfloat16"` for half the memory; rewards then begin near 0, not
+            at it. None: the policy's own.
         disable_dropout: Whether dropout is off in the policy while it trains.
             The reference never has dropout.
         split_head: `"auto"` computes logits of completion tokens alone where
@@ -105,6 +108,7 @@ class DPOModel(PreferenceSteps):
         preprocessor: DPOPreprocessor | str | None = "auto",
         precompute_reference: bool = False,
         reference_cache: str | None = None,
+        snapshot_dtype: str | None = None,
         disable_dropout: bool = True,
         split_head: bool | str = "auto",
         packing: bool | str = "auto",
@@ -131,6 +135,13 @@ class DPOModel(PreferenceSteps):
                 "precompute_reference=True or leave it out."
             )
         self.reference_cache = reference_cache
+        if snapshot_dtype is not None and reference != "initial":
+            raise ValueError(
+                "`snapshot_dtype` has no effect without a snapshot. Received: "
+                f"snapshot_dtype={snapshot_dtype!r} with a reference that is "
+                "not 'initial'. Leave it out."
+            )
+        self.snapshot_dtype = snapshot_dtype
         # The policy's dtype policy: loss scaling follows it.
         kwargs.setdefault("dtype", policy.dtype_policy)
         super().__init__(**kwargs)
@@ -263,7 +274,10 @@ class DPOModel(PreferenceSteps):
                     "so its initial weights are gone. Make a new DPOModel."
                 )
             self.reference = SnapshotReference(
-                self.policy, self._initial_values, self.execution.split_head
+                self.policy,
+                self._initial_values,
+                self.execution.split_head,
+                self.snapshot_dtype,
             )
         if choice == "initial" and not isinstance(self.reference, NoReference):
             self._initial_values = []
@@ -576,6 +590,8 @@ class DPOModel(PreferenceSteps):
         if not self.execution.in_rows:
             return parts
         packing = self._packing(dataset, 1)
+        longest = int(packing.pair_lengths(dataset.pairs).max())
+        packing = dataclasses.replace(packing, longest_pair=longest)
         parts = [part.packed(packing) for part in parts]
         totals = np.concatenate([part.row_totals() for part in parts])
         packing = dataclasses.replace(packing, lengths=choose_lengths(totals))
@@ -597,6 +613,7 @@ class DPOModel(PreferenceSteps):
             "disable_dropout": self.disable_dropout,
             "precompute_reference": self.precompute_reference,
             "reference_cache": self.reference_cache,
+            "snapshot_dtype": self.snapshot_dtype,
             **self._execution_choices,
             "remat": self.remat_choice,
         }

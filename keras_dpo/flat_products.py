@@ -40,8 +40,7 @@ def flat_matmul(matmul: Callable[..., Any]) -> Callable[..., Any]:
     """`keras.ops.matmul` that flattens the tokens before a kernel."""
 
     def flat(inputs: Any, kernel: Any) -> Any:
-        # LoRA multiplies variables with each other: not tokens.
-        if not isinstance(inputs, Array) or inputs.ndim < 3:
+        if not _are_tokens(inputs) or inputs.ndim < 3:
             return matmul(inputs, kernel)
         kernel = jnp.asarray(kernel)
         if kernel.ndim != 2 or inputs.dtype != kernel.dtype:
@@ -60,8 +59,8 @@ def flat_einsum(einsum: Callable[..., Any]) -> Callable[..., Any]:
 
     def flat(equation: str, *operands: Any, **options: Any) -> Any:
         axes = _kernel_axes(equation)
-        tokens = isinstance(operands[0], Array) and len(operands) == 2
-        if axes is None or options or not tokens:
+        fits = len(operands) == 2 and _are_tokens(operands[0])
+        if axes is None or options or not fits:
             return einsum(equation, *operands, **options)
         num_leading, contracted, order = axes
         inputs, kernel = (jnp.asarray(operand) for operand in operands)
@@ -77,6 +76,14 @@ def flat_einsum(einsum: Callable[..., Any]) -> Callable[..., Any]:
         return output.reshape(*leading, *units)
 
     return flat
+
+
+def _are_tokens(inputs: Any) -> bool:
+    """Not LoRA's product of two variables, nor quantized integers."""
+    floating = isinstance(inputs, Array) and jnp.issubdtype(
+        inputs.dtype, jnp.floating
+    )
+    return bool(floating)
 
 
 def _kernel_axes(equation: str) -> tuple[int, int, list[int]] | None:

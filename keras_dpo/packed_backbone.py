@@ -137,14 +137,40 @@ def run_layers(
             return layer
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return jax.checkpoint(lambda x: layer(x, *args[1:], **kwargs))(
-                args[0]
+            return _computed_again(
+                lambda x: layer(x, *args[1:], **kwargs), args[0]
             )
 
         return call
 
     inputs = backbone._standardize_inputs(inputs)
     return backbone._run_through_graph(inputs, operation)
+
+
+def _computed_again(layer: Callable[[Array], Array], inputs: Array) -> Array:
+    """`layer(inputs)`, of which the backward pass keeps the inputs alone.
+
+    `jax.checkpoint` would do, but XLA's CPU backend (JAX 0.10) drops its
+    barriers and computes all layers again at the start of the backward pass,
+    which keeps what was to be saved. Here the inputs wait for the gradient: a
+    sum that no optimization may drop.
+    """
+    converted, constants = jax.closure_convert(layer, inputs)
+
+    @jax.custom_vjp
+    def run(inputs: Array, *constants: Array) -> Array:
+        return converted(inputs, *constants)
+
+    def forward(inputs: Array, *constants: Array) -> tuple[Array, Any]:
+        return converted(inputs, *constants), (inputs, constants)
+
+    def backward(kept: Any, gradient: Array) -> tuple[Array, ...]:
+        inputs, constants = kept
+        inputs = inputs + 0.0 * gradient.astype(inputs.dtype)
+        return jax.vjp(converted, inputs, *constants)[1](gradient)
+
+    run.defvjp(forward, backward)
+    return run(inputs, *constants)
 
 
 def layer_settings(backbone: keras.Model) -> list[Settings]:

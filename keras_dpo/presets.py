@@ -69,8 +69,8 @@ def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
     else:
         family = keras_hub.models.Backbone
     backbone = family.from_preset(preset, dtype=dtype, **options)
-    tasks = keras_hub.models.CausalLM.__subclasses__()
-    task = next(t for t in tasks if t.backbone_cls is type(backbone))
+    name = type(backbone).__name__.replace("Backbone", "CausalLM")
+    task = getattr(keras_hub.models, name)
     return task(backbone=backbone, preprocessor=None)
 
 

@@ -68,6 +68,7 @@ class SnapshotReference(Reference):
         policy: keras.Model,
         initial_values: list[Array],
         split_head: bool,
+        snapshot_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -76,8 +77,8 @@ class SnapshotReference(Reference):
         self.snapshot = [
             keras.Variable(
                 # A copy: an alias would be donated twice.
-                jnp.copy(value),
-                dtype=variable.dtype,
+                jnp.array(value, snapshot_dtype or variable.dtype, copy=True),
+                dtype=snapshot_dtype or variable.dtype,
                 trainable=False,
                 # The policy variable's layout, so a mesh shards both alike.
                 layout=variable._layout,
@@ -91,7 +92,7 @@ class SnapshotReference(Reference):
     def token_log_probs(self, values: VariableValues, batch: Batch) -> Array:
         current = {id(variable): value for variable, value in values}
         swapped = [
-            (variable, current.get(id(own), own))
+            (variable, current.get(id(own), own).astype(variable.dtype))
             for own, variable in self.variable_pairs()
         ]
         with keras.StatelessScope(state_mapping=[*values, *swapped]):
@@ -107,7 +108,15 @@ class SnapshotReference(Reference):
         size = sum(v.value.nbytes for v in self.snapshot)
         return (
             f"a snapshot of the policy's {len(self.snapshot)} trainable "
-            f"variables ({size / 2**20:.1f} MiB)"
+            f"variables ({size / 2**20:.1f} MiB, {self.snapshot[0].dtype})"
+        )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the snapshot holds the policy's values without rounding."""
+        return all(
+            own.dtype == variable.dtype
+            for own, variable in self.variable_pairs()
         )
 
 

@@ -179,3 +179,13 @@ def test_unscored_tokens_are_left_out():
 def test_lengths_are_multiples_of_a_block():
     assert round_up(1, BLOCK) == BLOCK
     assert all(n % BLOCK == 0 for n in choose_lengths(np.array([3, 900, 70])))
+
+
+def test_lists_of_blocks_grow_with_the_row_and_not_its_square():
+    """A row of many short pairs lists the few blocks that are seen."""
+    data = dataset(64, batch_size=64).packed(Packing())
+    batch = data[0]
+    rows, blocks, width = batch["blocks_0"].shape
+    assert width <= data.packed_lengths.max() // BLOCK + 3
+    assert width < blocks / 4
+    assert batch["block_counts_0"].max() <= width

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import random_pairs, tiny_policy, values_of
+from test_packed_backbone import batches, gradient_of
 
 from keras_dpo import DPOModel, PreferenceDataset
 from keras_dpo.callbacks import ReferenceSync
@@ -349,3 +350,66 @@ def test_initial_snapshot_after_training_elsewhere_is_refused():
     other.fit(data(), verbose=0)
     with pytest.raises(ValueError, match="initial weights are gone"):
         model.compile()
+
+
+def test_a_sixteen_bit_snapshot_is_half_the_memory():
+    """And its log-probs are those of the rounded weights."""
+    exact, halved = (
+        DPOModel(tiny_policy(), snapshot_dtype=dtype)
+        for dtype in (None, "bfloat16")
+    )
+    records = random_pairs(6)
+    scores = []
+    for model in (exact, halved):
+        model.compile()
+        scores.append(model.predict(records, batch_size=3, verbose=0))
+    sizes = [
+        sum(v.value.nbytes for v in model.reference.snapshot)
+        for model in (exact, halved)
+    ]
+    assert sizes[1] * 2 == sizes[0]
+    rounded = tiny_policy()
+    for v in rounded.trainable_variables:
+        v.assign(np.asarray(v.value.astype("bfloat16"), "float32"))
+    model = DPOModel(rounded)
+    model.compile()
+    expected = model.predict(records, batch_size=3, verbose=0)
+    np.testing.assert_allclose(
+        scores[1]["reference_chosen_log_prob"],
+        expected["reference_chosen_log_prob"],
+        atol=1e-4,
+    )
+    assert np.abs(scores[1]["chosen_reward"]).max() > 0
+    with pytest.raises(ValueError, match="snapshot_dtype"):
+        DPOModel(tiny_policy(), reference=None, snapshot_dtype="bfloat16")
+
+
+def test_lora_on_an_int8_base_trains():
+    """Keras differentiates through its quantized layers, in rows too.
+
+    The adapters' gradients point where those of the float32 base do.
+    """
+    policies = [tiny_policy(), tiny_policy()]
+    policies[1].backbone.quantize("int8")
+    gradients = []
+    for policy in policies:
+        keras.utils.set_random_seed(1)
+        policy.backbone.enable_lora(4)
+        _, rows = batches(policy, {})
+        found, _ = gradient_of(policy)(rows)
+        gradients.append(np.concatenate([np.ravel(g) for g in found]))
+    exact, rounded = gradients
+    cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
+    assert cosine > 0.98
+    policy = policies[1]
+    model = DPOModel(policy)
+    model.compile(keras.optimizers.Adam(1e-3))
+    frozen = values_of(policy.non_trainable_variables)
+    before = values_of(policy.trainable_variables)
+    model.fit(random_pairs(8), batch_size=8, epochs=2, verbose=0)
+    after = values_of(policy.trainable_variables)
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))
+    for a, b in zip(
+        frozen, values_of(policy.non_trainable_variables), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

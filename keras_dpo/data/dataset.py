@@ -313,6 +313,9 @@ class PreferenceDataset(keras.utils.PyDataset):
         dataset = copy.copy(self)
         dataset._cached_order = None
         dataset.packed_lengths = packing.pair_lengths(self.pairs)
+        if packing.longest_pair is None:
+            longest = int(dataset.packed_lengths.max())
+            packing = dataclasses.replace(packing, longest_pair=longest)
         dataset.packing = packing
         if not packing.lengths:
             # More epochs hold about the same lengths.

@@ -36,6 +36,8 @@ class Packing:
         windows: Sizes of the sliding windows that some layers attend within.
         sequence_length: Tokens of the longest sequence, where attention runs
             on whole sequences; else None.
+        longest_pair: Tokens of the longest pair in a row; it bounds the blocks
+            that a block of tokens sees. None: no bound but the row.
     """
 
     micro_batches: int = 1
@@ -45,6 +47,7 @@ class Packing:
     lengths: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
     sequence_length: int | None = None
+    longest_pair: int | None = None
 
     def num_rows(self, pairs: int) -> int:
         """Rows of a batch of so many pairs."""
@@ -78,6 +81,16 @@ class Packing:
         """The row length that holds so many tokens."""
         fitting = [length for length in self.lengths if tokens <= length]
         return fitting[0] if fitting else round_up(tokens, BLOCK)
+
+    def most_blocks(self, length: int) -> int:
+        """Blocks that a block of tokens sees at most, in rows of a length.
+
+        Those of one pair that begins before it, and the block itself.
+        """
+        blocks = length // BLOCK
+        if self.longest_pair is None:
+            return blocks
+        return min(blocks, -(-self.longest_pair // BLOCK) + 2)
 
     def order(self, lengths: np.ndarray) -> np.ndarray:
         """A full batch's pairs, arranged so that its rows are about as long.
@@ -234,13 +247,16 @@ def pack_batch(
             )
     if packing.sequence_length is None:
         for window in packing.windows or (0,):
-            visible = np.stack(
-                [visible_blocks(row, length, window) for row in segments]
+            seen = [visible_blocks(row, length, window) for row in segments]
+            width = packing.most_blocks(length)
+            listed = np.zeros((rows, length // BLOCK, width), "int32")
+            for row, block in np.ndindex(*listed.shape[:2]):
+                blocks = seen[row][block]
+                listed[row, block, : len(blocks)] = blocks
+            batch[f"blocks_{window}"] = listed
+            batch[f"block_counts_{window}"] = np.array(
+                [[len(blocks) for blocks in row] for row in seen], "int32"
             )
-            # Visible blocks first, in ascending order.
-            order = np.argsort(~visible, axis=-1, kind="stable")
-            batch[f"blocks_{window}"] = order.astype("int32")
-            batch[f"block_counts_{window}"] = visible.sum(-1, dtype="int32")
     return batch
 
 
@@ -306,7 +322,7 @@ def _write_pair(
 
 def visible_blocks(
     segments: Sequence[_Segment], length: int, window: int = 0
-) -> np.ndarray:
+) -> list[list[int]]:
     """Which blocks of keys hold something that a block of tokens attends to.
 
     Args:
@@ -315,26 +331,25 @@ def visible_blocks(
         window: Tokens back that are seen; 0 for all.
 
     Returns:
-        `(blocks, blocks)` of bool, tokens by keys.
+        For each block of tokens the blocks of keys, ascending.
     """
-    visible = np.zeros((length // BLOCK, length // BLOCK), bool)
+    visible: list[set[int]] = [set() for _ in range(length // BLOCK)]
 
     def see(block: int, first: int, last: int) -> None:
-        visible[block, first // BLOCK : last // BLOCK + 1] = True
+        visible[block].update(range(first // BLOCK, last // BLOCK + 1))
 
     for segment in segments:
         end = segment.start + len(segment.ids)
         for block in range(segment.start // BLOCK, -(-end // BLOCK)):
             first = max(segment.start, block * BLOCK)
             last = min(end, (block + 1) * BLOCK) - 1
-            own = segment.start
-            back = first - segment.start + segment.position  # First position.
-            prompt = 0
+            own, prompt = segment.start, 0
             if window:
+                position = first - segment.start + segment.position
                 own = max(own, first - window + 1)
-                prompt = max(0, back - window + 1)
+                prompt = max(0, position - window + 1)
             see(block, own, last)
-            if segment.position and prompt < segment.position:
+            if prompt < segment.position:
                 start = segment.prompt_start
                 see(block, start + prompt, start + segment.position - 1)
-    return visible
+    return [sorted(blocks) for blocks in visible]

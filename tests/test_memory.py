@@ -1,0 +1,127 @@
+"""What a step takes, predicted; and what is kept between runs."""
+
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, random_pairs, tiny_policy
+
+from keras_dpo import DPOConfig, DPOModel
+from keras_dpo.memory import extrapolate
+from keras_dpo.train import plan
+
+
+def report(layers=2, lora=False, **options):
+    policy = tiny_policy(layers=layers)
+    if lora:
+        policy.backbone.enable_lora(2)
+    model = DPOModel(policy, **options)
+    model.compile(keras.optimizers.Adam(1e-3))
+    return model.memory_report(random_pairs(16, longest=200), batch_size=8)
+
+
+def test_report_is_what_the_compiled_step_takes():
+    """Parameters by hand; FLOPs from the kernels' shapes."""
+    policy = tiny_policy()
+    found = report()
+    parameters = sum(int(np.prod(v.shape)) for v in policy.variables)
+    assert found.policy == 4 * parameters
+    assert found.reference == 4 * parameters
+    # Adam's two moments, the step and the rate.
+    assert found.optimizer == pytest.approx(8 * parameters, rel=0.01)
+    # At least the gradients, and the states of every layer.
+    assert found.temporary > 4 * parameters + 2 * 4 * 32 * found.tokens
+    layer = 32 * (32 + 2 * 16 + 32 + 3 * 64)
+    body = 2.0 * 2 * layer * found.tokens * (3 + 1)
+    assert found.flops > body
+    assert found.flops < 1.5 * body
+    text = "\n".join(found.lines())
+    assert f"{found.tokens:,} tokens" in text
+
+
+def test_layers_computed_again_take_less_memory():
+    kept, again = report(layers=8), report(layers=8, remat="layers")
+    assert again.temporary < 0.6 * kept.temporary
+    assert again.flops > kept.flops
+
+
+def test_stored_reference_and_lora_take_less():
+    full = report()
+    assert report(precompute_reference=True).reference == 0
+    lora = report(lora=True)
+    assert lora.optimizer < 0.1 * full.optimizer
+    assert lora.flops < full.flops
+
+
+def test_deeper_models_follow_from_two():
+    """Layers are alike: two and four tell twelve, within 15 %."""
+    few, more, whole = (report(layers=n) for n in (2, 4, 12))
+    found = extrapolate(few, more, (2, 4, 12))
+    for name in ("policy", "optimizer", "reference", "flops"):
+        assert getattr(found, name) == pytest.approx(getattr(whole, name))
+    assert found.peak == pytest.approx(whole.peak, rel=0.15)
+
+
+def test_plan_needs_no_weights(smollm2, tmp_path):
+    """From a directory that holds the configuration alone."""
+    (tmp_path / "config.json").write_text((smollm2 / "config.json").read_text())
+    found = plan(
+        DPOConfig(
+            repo_id=str(tmp_path),
+            total_batch_size=2,
+            max_length=128,
+            max_prompt_length=64,
+        )
+    )
+    assert found.policy == pytest.approx(4 * 134.5e6, rel=0.01)
+    assert found.real_tokens == 2 * (64 + 2 * 64)
+
+
+SECOND_START = """
+import sys, logging
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax
+jax.config.update("jax_log_compiles", False)
+from keras_dpo.compilation import keep_compiled
+keep_compiled({cache!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+from jax._src import monitoring
+counts = dict(hit=0, miss=0)
+def listen(event, **kwargs):
+    if event.endswith("cache_hits"): counts["hit"] += 1
+    if event.endswith("cache_misses"): counts["miss"] += 1
+monitoring.register_event_listener(listen)
+from conftest import random_pairs, tiny_policy
+from keras_dpo import DPOModel
+model = DPOModel(tiny_policy())
+model.compile()
+model.fit(random_pairs(8), batch_size=4, epochs=2, verbose=0)
+print("COUNTS", counts["hit"], counts["miss"])
+"""
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    script = SECOND_START.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), cache=str(tmp_path)
+    )
+
+    def start():
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "KERAS_BACKEND": "jax"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = re.search(r"COUNTS (\d+) (\d+)", done.stdout)
+        return int(found[1]), int(found[2])
+
+    assert start()[1] > 0
+    hits, misses = start()
+    assert misses == 0
+    assert hits > 0
