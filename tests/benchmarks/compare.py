@@ -4,8 +4,8 @@
         --ours PYTHON --trl PYTHON --tunix PYTHON --easydel PYTHON
 
 Each side runs in its own environment (see `docs/benchmarks.md`), on the same
-weights and token ids, in turn, `--rounds` times over; the first step of a run
-is left out. A ratio is only worth something within one run of this script.
+weights and token ids, in turn, `--rounds` times over. What compiles or warms up
+is left out: our first epoch, TRL's first step. A ratio is only worth something within one run of this script.
 """
 
 import argparse
@@ -52,7 +52,7 @@ json.dump([{{n: list(getattr(p, n)) for n in names}} for p in pairs],
 
 
 def run(args, side, setting, records):
-    """Seconds of each step after the first, peak MiB, and the losses."""
+    """Seconds of each timed step, peak MiB, and the losses."""
     job = {
         "records": str(records),
         "model": args.model,
@@ -84,7 +84,7 @@ def run(args, side, setting, records):
         return None
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
-    return seconds[1:], lines[-1]["peak_mib"], losses
+    return seconds, lines[-1]["peak_mib"], losses
 
 
 def main():

@@ -14,12 +14,23 @@ import keras
 
 
 class Timer(keras.callbacks.Callback):
+    """Times the second epoch: the first compiles."""
+
+    epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
     def on_train_batch_begin(self, batch, logs=None):
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
         loss = float(logs["loss"])  # Waits for the step.
-        report(seconds=time.perf_counter() - self.start, loss=loss)
+        seconds = time.perf_counter() - self.start
+        if self.epoch == 0:
+            report(loss=loss)
+        else:
+            report(seconds=seconds)
 
 
 def report(**values):
@@ -53,7 +64,7 @@ def main():
         records, batch_size=job["pairs"], shuffle=False, verbose=False
     )
     data.steps_per_epoch = job["steps"]
-    model.fit(data, verbose=0, callbacks=[Timer()])
+    model.fit(data, epochs=2, verbose=0, callbacks=[Timer()])
 
 
 main()

@@ -43,7 +43,8 @@ class Timer(transformers.TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        report(seconds=time.perf_counter() - self.start)
+        if state.global_step > 1:
+            report(seconds=time.perf_counter() - self.start)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
