@@ -15,6 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras_dpo  # isort: skip
 import keras
+
 from keras_dpo.memory import extrapolate
 from keras_dpo.presets import count_layers, load_outline, load_tokenizer
 
