@@ -163,7 +163,10 @@ class DPOModel(PreferenceSteps):
             disable_dropout,
             **self._execution_choices,
         )
-        self.remat_choice = check_remat(remat)
+        self._can_remat = check_remat(
+            remat, policy, self.execution, disable_dropout
+        )
+        self.remat_choice = remat
         self.remat = remat == "layers"
         # JAX arrays never change, so keeping them is a snapshot that costs
         # nothing until training replaces them.
@@ -349,7 +352,7 @@ class DPOModel(PreferenceSteps):
             valid = self._prepare(valid)
         if self.precompute_reference:
             self._drop_reference_model()
-        if self.remat_choice == "auto":
+        if self.remat_choice == "auto" and self._can_remat:
             self.remat = layers_must_be_computed_again(self, train)
         if verbose:
             report_start(self, train, epochs)

@@ -124,14 +124,29 @@ def _why_not_in_rows(
     return None
 
 
-def check_remat(remat: str) -> str:
-    """The choice itself.
+def check_remat(
+    remat: str, policy: keras.Model, execution: Execution, disable_dropout: bool
+) -> bool:
+    """Whether layers can be computed again, as one of three choices asks.
 
     Raises:
-        ValueError: It is not one of the three.
+        ValueError: It is none of the three, or `"layers"` cannot be.
     """
     if remat not in ("none", "layers", "auto"):
         raise ValueError(
             f"`remat` must be 'none', 'layers' or 'auto'. Received: {remat!r}."
         )
-    return remat
+    why_not = None
+    backbone = getattr(policy, "backbone", None)
+    dropout: float = getattr(backbone, "dropout", 0.0)
+    if not execution.split_head:
+        why_not = "the policy runs as a whole, without a split head"
+    elif dropout and not disable_dropout:
+        why_not = "dropout would be drawn twice"
+    if remat == "layers" and why_not:
+        raise ValueError(
+            f"remat='layers' cannot be: {why_not}. Received: "
+            f"split_head={execution.split_head}, disable_dropout="
+            f"{disable_dropout}. Use remat='none'."
+        )
+    return why_not is None

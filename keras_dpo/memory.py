@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -203,11 +203,22 @@ def free_memory() -> float:
     """Bytes that the device has left; infinite where it does not tell."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return _free_host_memory()
     found = device.memory_stats() or {}
     if "bytes_limit" not in found:
         return math.inf
     return found["bytes_limit"] - found["bytes_in_use"]
+
+
+def _free_host_memory() -> float:
+    """With what the system would give back; infinite where it is not told."""
+    path = pathlib.Path("/proc/meminfo")
+    if not path.exists():
+        return math.inf
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    return math.inf
 
 
 # --- keras-dpo plan ----------------------------------------------------------

@@ -154,12 +154,23 @@ def test_what_cannot_be_is_told():
         {"attention": "flash"},
         {"packing": "yes"},
         {"remat": True},
+        {"remat": "layers", "split_head": False},
         {"reference": None, "precompute_reference": True},
         {"reference_cache": "somewhere"},
         {"attention": "keras", "packing": True},
     ):
         with pytest.raises(ValueError, match="Received"):
             DPOModel(tiny_policy(), **mistake)
+
+
+def test_layers_are_computed_again_where_memory_is_short(monkeypatch):
+    records = random_pairs(4)
+    for free, expected in ((1e12, False), (1e4, True)):
+        monkeypatch.setattr(keras_dpo.memory, "free_memory", lambda f=free: f)
+        model = DPOModel(tiny_policy())
+        model.compile()
+        model.fit(records, batch_size=4, verbose=0)
+        assert model.remat is expected
 
 
 def test_rows_compile_once_per_length():
