@@ -75,6 +75,18 @@ def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
         )
 
 
+def check_differentiable(policy: keras.Model) -> None:
+    """Raise where Keras gives gradients that point elsewhere."""
+    for layer in policy._flatten_layers():
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise ValueError(
+                "Keras 3.15 differentiates quantized layers wrongly: training "
+                f"would go astray. Received: {layer.path} quantized to "
+                f"{layer.quantization_mode}. Train LoRA on a bfloat16 base, "
+                "and quantize afterwards; evaluate and predict work."
+            )
+
+
 def report_start(
     model: Any,
     dataset: Any = None,

@@ -14,6 +14,7 @@ import numpy as np
 from keras_dpo import lora, losses
 from keras_dpo.checks import (
     FirstBatchCheck,
+    check_differentiable,
     check_policy,
     check_trainable_variables,
     report_start,
@@ -330,6 +331,7 @@ class DPOModel(PreferenceSteps):
             ValueError: The data, or the first batch's self-check, is wrong.
         """
         self._assert_compile_called("fit")
+        check_differentiable(self.policy)
         check_trainable_variables(self.policy, self._wrapped_variables)
         train = make_dataset(
             x, self.preprocessor, batch_size, shuffle, steps_per_epoch

@@ -195,7 +195,7 @@ def longest_pair(config: DPOConfig) -> dict[str, list[int]]:
     return {
         "prompt_ids": [1] * prompt,
         "chosen_ids": [1] * completion,
-        "rejected_ids": [1] * completion,
+        "rejected_ids": [2] * completion,
     }
 
 

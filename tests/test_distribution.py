@@ -85,7 +85,9 @@ def assert_equal(found, expected):
     np.testing.assert_allclose(found["margins"], expected["margins"], atol=1e-4)
     for name in ("weights", "snapshot"):
         for a, b in zip(found[name], expected[name], strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+            # Adam divides rounding noise by its own size: 1e-5 of the rate
+            # of 1e-2 would be too strict for single weights.
+            np.testing.assert_allclose(a, b, atol=2e-5)
     assert found["snapshot_sharding"] == found["policy_sharding"]
 
 
