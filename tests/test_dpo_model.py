@@ -23,8 +23,10 @@ def dataset(count=8, batch_size=4, **options):
     )
 
 
-def compiled(policy=None, loss="sigmoid", rate=0.1, **options):
-    model = DPOModel(policy or tiny_policy())
+def compiled(
+    policy=None, loss="sigmoid", rate=0.1, attention="auto", **options
+):
+    model = DPOModel(policy or tiny_policy(), attention=attention)
     model.compile(optimizer=keras.optimizers.SGD(rate), loss=loss, **options)
     return model
 
@@ -167,7 +169,10 @@ def test_fit_lowers_the_loss_and_the_reference_stays_to_the_bit():
     "loss", [n for n in losses.LOSSES if not losses.LOSSES[n].couples_pairs]
 )
 def test_accumulation_equals_the_large_batch(loss):
-    """4 micro-batches of 2 equal one batch of 8, weights included."""
+    """4 micro-batches of 2 equal one batch of 8, weights included.
+
+    On padded sequences, which compile sooner; rows: test_fast_paths.py.
+    """
     pairs = random_pairs(7)  # one row fills up the batch
     pairs[2]["weight"], pairs[5]["weight"] = 0.5, 3.0
     results = []
@@ -176,6 +181,7 @@ def test_accumulation_equals_the_large_batch(loss):
             tiny_policy(layers=1),
             loss,
             rate=1e-2,
+            attention="keras",
             gradient_accumulation_steps=steps,
         )
         data = PreferenceDataset(
