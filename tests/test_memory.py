@@ -85,7 +85,7 @@ SECOND_START = """
 import sys, logging
 sys.path[:0] = [{root!r}, {tests!r}]
 import jax
-jax.config.update("jax_log_compiles", False)
+from conftest import random_pairs, tiny_policy  # Sets a cache of its own.
 from keras_dpo.compilation import keep_compiled
 keep_compiled({cache!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -96,7 +96,6 @@ def listen(event, **kwargs):
     if event.endswith("cache_hits"): counts["hit"] += 1
     if event.endswith("cache_misses"): counts["miss"] += 1
 monitoring.register_event_listener(listen)
-from conftest import random_pairs, tiny_policy
 from keras_dpo import DPOModel
 model = DPOModel(tiny_policy())
 model.compile()
