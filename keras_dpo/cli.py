@@ -212,21 +212,11 @@ def run_inspect(show: int, **options: Any) -> None:
     from keras_dpo.data.dataset import PreferenceDataset
     from keras_dpo.data.packing import Packing
     from keras_dpo.data.sources import read_rows
-    from keras_dpo.preprocessor import DPOPreprocessor
-    from keras_dpo.presets import load_tokenizer
-    from keras_dpo.train import require
+    from keras_dpo.train import make_preprocessor_alone, require
 
     config = DPOConfig(**options)
     require(config, "dataset_name")
-    tokenizer = load_tokenizer(config.repo_id) if config.repo_id else None
-    preprocessor = DPOPreprocessor(
-        tokenizer,
-        config.max_length,
-        config.max_prompt_length,
-        config.max_completion_length,
-        config.chat_template,
-        config.on_overflow,
-    )
+    preprocessor = make_preprocessor_alone(config)
 
     def make(name: str, split: str | None) -> PreferenceDataset:
         return PreferenceDataset(

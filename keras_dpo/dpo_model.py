@@ -514,7 +514,9 @@ class DPOModel(PreferenceSteps):
             found = policy if of_policy else stored
             return found.log_probs * found.mask
 
-        parts = self._precomputed_parts(dataset, store)
+        parts = (
+            [] if store.is_whole else self._precomputed_parts(dataset, store)
+        )
 
         def compute(n: int) -> Iterator[tuple[int, np.ndarray]]:
             for indices in parts[n].all_batches():

@@ -155,29 +155,22 @@ def plan(config: DPOConfig) -> MemoryReport:
     require(config, "repo_id")
     keep_compiled(config.compilation_cache)
     layers = (2, 4, count_layers(config.repo_id))
+    preprocessor = None
+    rows: Any = [longest_pair(config)] * config.total_batch_size
+    if config.dataset_name:
+        preprocessor = make_preprocessor_alone(config)
+        rows = read_rows(config.dataset_name, config.dataset_split)
+    dataset = PreferenceDataset(
+        rows,
+        preprocessor,
+        config.total_batch_size,
+        seed=config.seed,
+        column_map=config.column_map,
+        verbose=False,
+    )
     reports = []
     for number in layers[:2]:
         policy = make_policy(config, number)
-        preprocessor = None
-        rows: Any = [longest_pair(config)] * config.total_batch_size
-        if config.dataset_name:
-            preprocessor = DPOPreprocessor(
-                load_tokenizer(config.repo_id),
-                config.max_length,
-                config.max_prompt_length,
-                config.max_completion_length,
-                config.chat_template,
-                config.on_overflow,
-            )
-            rows = read_rows(config.dataset_name, config.dataset_split)
-        dataset = PreferenceDataset(
-            rows,
-            preprocessor,
-            config.total_batch_size,
-            seed=config.seed,
-            column_map=config.column_map,
-            verbose=False,
-        )
         model = make_model(config, policy, preprocessor, number)
         model.compile(
             optimizer=make_optimizer(config, total_steps(config, dataset)),
@@ -268,6 +261,18 @@ def make_preprocessor(
     if preprocessor.tokenizer is not None:
         say(f"Tokenizer: {preprocessor.tokenizer.name}")
     return preprocessor
+
+
+def make_preprocessor_alone(config: DPOConfig) -> DPOPreprocessor:
+    """The preprocessor, without loading the policy."""
+    return DPOPreprocessor(
+        load_tokenizer(config.repo_id) if config.repo_id else None,
+        config.max_length,
+        config.max_prompt_length,
+        config.max_completion_length,
+        config.chat_template,
+        config.on_overflow,
+    )
 
 
 def make_datasets(

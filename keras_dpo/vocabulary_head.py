@@ -55,14 +55,8 @@ class Head:
         Logits rounded to bfloat16 would put a log-probability up to 0.2 nats
         off.
         """
-        return self._capped(
-            jnp.einsum(
-                "...h,vh->...v" if self.tied else "...h,hv->...v",
-                hidden.astype(self.dtype),
-                kernel.astype(self.dtype),
-                preferred_element_type="float32",
-            )
-        )
+        equation = "...h,vh->...v" if self.tied else "...h,hv->...v"
+        return self._product(equation, hidden, kernel)
 
     def logits_by_word(self, hidden: Array, kernel: Array) -> Array:
         """The same of `(tokens, hidden)`, as `(vocabulary, tokens)`.
@@ -70,16 +64,16 @@ class Head:
         Sums over the vocabulary run along whole rows so: on CPU the product
         is as fast, and a log-sum-exp five times.
         """
-        return self._capped(
-            jnp.einsum(
-                "vh,th->vt" if self.tied else "hv,th->vt",
-                kernel.astype(self.dtype),
-                hidden.astype(self.dtype),
-                preferred_element_type="float32",
-            )
-        )
+        equation = "vh,th->vt" if self.tied else "hv,th->vt"
+        return self._product(equation, kernel, hidden)
 
-    def _capped(self, logits: Array) -> Array:
+    def _product(self, equation: str, left: Array, right: Array) -> Array:
+        logits = jnp.einsum(
+            equation,
+            left.astype(self.dtype),
+            right.astype(self.dtype),
+            preferred_element_type="float32",
+        )
         if self.soft_cap is None:
             return logits
         return jnp.tanh(logits / self.soft_cap) * self.soft_cap
