@@ -6,6 +6,7 @@ import json
 import keras
 import numpy as np
 import pytest
+import wandb
 from conftest import random_pairs, tiny_policy
 
 from keras_dpo import DPOModel, PreferenceDataset
@@ -132,6 +133,9 @@ def test_wandb_offline_holds_config_metrics_and_samples(tmp_path):
         data(), validation_data=data(4), verbose=0, callbacks=[logger, samples]
     )
     logger.close()
+    # wandb 0.31's `finish` may return just before its service has written
+    # the file's last block; `teardown` waits for the service.
+    wandb.teardown()
     runs = glob.glob(str(tmp_path / "wandb" / "offline-run-*" / "*.wandb"))
     assert len(runs) == 1
     with open(runs[0], "rb") as file:
