@@ -76,15 +76,17 @@ def _forward(
     def token_block(i: Array, carry: Any) -> Any:
         output, log_sums = carry
         block = _block(query, i, 2).reshape(*shape, head)
+        sees = _sees(row, i, settings.window)
 
         def key_blocks(n: Array, carry: Any) -> Any:
             largest, total, sums = carry
             places = _places(row, i, n)
-            scores, _ = _scores(block, key, row, i, places, settings)
-            new = jnp.maximum(largest, scores.max(-1))
+            keys = _blocks(key, places, 1)
+            scores, _ = _scores(block, keys, _seen(sees, n), settings)
+            new = jnp.maximum(largest, _reduced(jnp.maximum, jnp.max, scores))
             weights = jnp.exp(scores - new[..., None])
             kept = jnp.exp(largest - new)
-            total = total * kept + weights.sum(-1)
+            total = total * kept + _reduced(jnp.add, jnp.sum, weights)
             sums = sums * kept[..., None] + _dot(
                 "gqk,gkh->gqh", weights, _blocks(value, places, 1)
             )
@@ -133,13 +135,14 @@ def _backward(settings: Settings, kept: Any, gradient: Array) -> Any:
         d_output = _block(gradient, i, 2).reshape(*shape, head)
         log_sum = _block(log_sums, i, 2).reshape(*shape, 1)
         mean = _block(along, i, 2).reshape(*shape, 1)
+        sees = _sees(row, i, settings.window)
 
         def key_blocks(n: Array, carry: Any) -> Any:
             d_block, d_key, d_value = carry
             places = _places(row, i, n)
             keys, values = (_blocks(a, places, 1) for a in (key, value))
-            scores, slope = _scores(block, key, row, i, places, settings)
-            weights = jnp.where(scores > MASKED, jnp.exp(scores - log_sum), 0.0)
+            scores, slope = _scores(block, keys, _seen(sees, n), settings)
+            weights = jnp.exp(scores - log_sum)
             d_weights = _dot("gqh,gkh->gqk", d_output, values)
             d_scores = weights * (d_weights - mean) * slope * settings.scale
             d_value = _add(
@@ -174,76 +177,73 @@ def _backward(settings: Settings, kept: Any, gradient: Array) -> Any:
 attend_in_blocks.defvjp(_forward, _backward)
 
 
-class _Places(NamedTuple):
-    """Key blocks of one turn of the inner loop."""
-
-    blocks: list[Array]
-    exist: list[Array]
-
-
 def _turns(row: Row, i: Array) -> Array:
     """Turns of the inner loop for token block i."""
     return -(-row.counts[i] // KEY_BLOCKS)
 
 
-def _places(row: Row, i: Array, n: Array) -> _Places:
-    turns = [n * KEY_BLOCKS + k for k in range(KEY_BLOCKS)]
+def _places(row: Row, i: Array, n: Array) -> list[Array]:
+    """Key blocks of turn n; what does not exist is not seen."""
     last = row.blocks.shape[1] - 1
-    blocks = [row.blocks[i, jnp.minimum(turn, last)] for turn in turns]
-    return _Places(blocks, [turn < row.counts[i] for turn in turns])
+    turns = [n * KEY_BLOCKS + k for k in range(KEY_BLOCKS)]
+    return [row.blocks[i, jnp.minimum(turn, last)] for turn in turns]
 
 
 def _scores(
-    block: Array,
-    key: Array,
-    row: Row,
-    i: Array,
-    places: _Places,
-    settings: Settings,
+    block: Array, keys: Array, seen: Array, settings: Settings
 ) -> tuple[Array, Array | float]:
-    """Scores of token block i and some key blocks, and the soft cap's slope.
+    """Scores of a token block and some key blocks, and the soft cap's slope.
 
     `(groups, queries * BLOCK, keys)`; `MASKED` where nothing is seen.
     """
-    keys = _blocks(key, places, 1)
     scores = _dot("gqh,gkh->gqk", block, keys) * settings.scale
     slope: Array | float = 1.0
     if settings.soft_cap is not None:
         bent = jnp.tanh(scores / settings.soft_cap)
         scores, slope = bent * settings.soft_cap, 1.0 - bent * bent
-    seen = _sees(
-        _block(row.segments, i, 0),
-        _blocks(row.segments, places, 0),
-        _block(row.positions, i, 0),
-        _blocks(row.positions, places, 0),
-        settings.window,
-    )
-    inside = jnp.arange(BLOCK)
-    place = jnp.concatenate(
-        [
-            jnp.where(exists, j * BLOCK + inside, jnp.iinfo("int32").max)
-            for j, exists in zip(*places, strict=True)
-        ]
-    )
-    seen = seen & ((i * BLOCK + inside)[:, None] >= place)
     queries = block.shape[1] // BLOCK
     return jnp.where(jnp.tile(seen, (queries, 1)), scores, MASKED), slope
 
 
-def _sees(
-    segment: Array,
-    key_segment: Array,
-    position: Array,
-    key_position: Array,
-    window: int,
-) -> Array:
-    """Whether tokens see keys before them: their own segment, and prompt."""
-    segment, position = segment[:, None], position[:, None]
+def _sees(row: Row, i: Array, window: int) -> Array:
+    """What token block i sees of its key blocks, `(BLOCK, blocks * BLOCK)`.
+
+    Tokens see those before them in their own segment and in their prompt. Made
+    once for the inner loop: inside it XLA would fuse it, slowly, with the
+    scores.
+    """
+    inside = jnp.arange(BLOCK)
+    blocks = row.blocks[i]
+    exist = jnp.arange(len(blocks)) < row.counts[i]
+    key_place = (blocks[:, None] * BLOCK + inside).reshape(-1)
+    key_segment = row.segments[key_place]
+    segment = _block(row.segments, i, 0)[:, None]
     seen = (key_segment == segment) | (
         key_segment == segment // SEGMENTS * SEGMENTS
     )
-    seen = seen & (segment >= 0)
-    return seen & (position - key_position < window) if window else seen
+    seen = seen & (segment >= 0) & jnp.repeat(exist, BLOCK)
+    seen = seen & ((i * BLOCK + inside)[:, None] >= key_place)
+    if window:
+        position = _block(row.positions, i, 0)[:, None]
+        seen = seen & (position - row.positions[key_place] < window)
+    return jnp.pad(seen, ((0, 0), (0, -len(blocks) % KEY_BLOCKS * BLOCK)))
+
+
+def _seen(sees: Array, n: Array) -> Array:
+    """Turn n's part of it."""
+    width = KEY_BLOCKS * BLOCK
+    return lax.dynamic_slice_in_dim(sees, n * width, width, 1)
+
+
+def _reduced(combine: Any, reduce: Any, array: Array) -> Array:
+    """`reduce` over the last axis, halved to 16 first.
+
+    XLA makes vectors of the halves; a longer reduction it rewrites to windows
+    of 32, which are slower.
+    """
+    while array.shape[-1] > 16:
+        array = combine(*jnp.split(array, 2, axis=-1))
+    return reduce(array, axis=-1)
 
 
 def _dot(equation: str, left: Array, right: Array) -> Array:
@@ -266,19 +266,17 @@ def _put(array: Array, block: Array, i: Array, axis: int) -> Array:
     return lax.dynamic_update_slice_in_dim(array, block, i * BLOCK, axis)
 
 
-def _blocks(array: Array, places: _Places, axis: int) -> Array:
-    return jnp.concatenate(
-        [_block(array, j, axis) for j in places.blocks], axis=axis
-    )
+def _blocks(array: Array, places: list[Array], axis: int) -> Array:
+    return jnp.concatenate([_block(array, j, axis) for j in places], axis=axis)
 
 
-def _add(array: Array, blocks: Array, places: _Places) -> Array:
+def _add(array: Array, blocks: Array, places: list[Array]) -> Array:
     """Add to the blocks of `array` at their places.
 
     What does not exist is all zeros, wherever it is added.
     """
-    parts = jnp.split(blocks, len(places.blocks), axis=1)
-    for j, part in zip(places.blocks, parts, strict=True):
+    parts = jnp.split(blocks, len(places), axis=1)
+    for j, part in zip(places, parts, strict=True):
         array = _put(array, _block(array, j, 1) + part, j, 1)
     return array
 
