@@ -5,7 +5,8 @@
 
 Each side runs in its own environment (see `docs/benchmarks.md`), on the same
 weights and token ids, in turn, `--rounds` times over. What compiles or warms up
-is left out: our first epoch, TRL's first step. A ratio is only worth something
+is left out (our first epoch, the others' first step), and every pair is in one
+timed step of every side. A ratio is only worth something
 within one run of this script.
 """
 

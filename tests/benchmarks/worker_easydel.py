@@ -89,8 +89,9 @@ def main():
                 max_prompt_length=prompt,
                 max_completion_length=completion,
                 total_batch_size=job["pairs"],
-                max_training_steps=job["steps"],
-                num_train_epochs=1,
+                # The first step compiles; its pairs come again at the end.
+                max_training_steps=job["steps"] + 1,
+                num_train_epochs=2,
                 learning_rate=1e-6,
                 optimizer="adamw",
                 scheduler="none",

@@ -79,7 +79,8 @@ def main():
         config = trl.DPOConfig(
             output_dir=scratch,
             per_device_train_batch_size=job["pairs"],
-            max_steps=job["steps"],
+            # The first step warms up; its pairs come again at the end.
+            max_steps=job["steps"] + 1,
             logging_steps=1,
             learning_rate=1e-6,
             lr_scheduler_type="constant",

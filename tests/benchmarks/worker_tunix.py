@@ -123,12 +123,14 @@ def main():
             optax.adamw(1e-6, b2=0.999, weight_decay=0.0),
             dpo_trainer.DPOTrainingConfig(
                 eval_every_n_steps=10**9,
-                max_steps=job["steps"],
+                max_steps=job["steps"] + 1,
                 max_inflight_computations=1,
                 pbar_description=None,
             ),
         )
-        trainer.train(list(batches(records, job["pairs"])))
+        train = list(batches(records, job["pairs"]))
+        # The first step compiles; its pairs come again at the end.
+        trainer.train([*train, train[0]])
 
 
 main()
