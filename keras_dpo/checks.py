@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_dpo.compilation import compiler_options
+from keras_dpo.distribution import distribute_batch, to_host
 from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
 from keras_dpo.reference import (
@@ -15,6 +16,7 @@ from keras_dpo.reference import (
     PrecomputedReference,
     SnapshotReference,
 )
+from keras_dpo.sharding import check_on_mesh, sharding_table
 
 
 def check_policy(policy: Any, reference: Any) -> None:
@@ -43,6 +45,9 @@ def check_policy(policy: Any, reference: Any) -> None:
             "The policy has no variables yet. Call it on a batch, or "
             "policy.build(...), before DPOModel(policy)."
         )
+    check_on_mesh(policy)
+    if isinstance(reference, keras.Model):
+        check_on_mesh(reference)
     if not policy.trainable_variables:
         raise ValueError(
             "The policy has no trainable variable. Set policy.trainable = "
@@ -115,6 +120,9 @@ def report_start(
         print_fn(note)
     if dataset is not None and dataset.packing is not None:
         print_fn(dataset.describe_rows())
+    if keras.distribution.distribution() is not None:
+        for line in sharding_table(model.policy.variables):
+            print_fn(line)
     if model.remat:
         print_fn("Decoder layers are computed again in the backward pass.")
     online = not isinstance(reference, NoReference | PrecomputedReference)
@@ -144,7 +152,6 @@ class FirstBatchCheck:
             return
         if not reference.is_exact:
             return
-        from keras_dpo.distribution import distribute_batch
 
         def rewards_and_losses(
             trainable: Any, frozen: Any, batch: Batch
@@ -167,8 +174,8 @@ class FirstBatchCheck:
             [v.value for v in model.non_trainable_variables],
             distribute_batch(batch),
         )
-        largest = float(np.max(np.abs(np.asarray(rewards))))
-        gap = float(np.max(np.abs(np.asarray(found) - np.asarray(expected))))
+        largest = float(np.max(np.abs(to_host(rewards))))
+        gap = float(np.max(np.abs(to_host(found) - to_host(expected))))
         if not (largest < 1e-3 and gap < 1e-3):
             raise ValueError(
                 "Before the first step policy and reference must agree: every "

@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"keras-dpo: error: {_one_line(error)}\n")
         sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        sys.stderr.write(f"keras-dpo: error: {_one_line(error)}\n")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("keras-dpo: interrupted\n")
         sys.exit(130)

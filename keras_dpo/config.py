@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from keras_dpo import losses
+from keras_dpo.sharding import parse_mesh
 
 # Options that go to the loss, with the value that means "not set".
 LOSS_OPTIONS = {
@@ -54,6 +55,11 @@ class DPOConfig:
             user's cache directory if left out.
         compilation_cache: Directory where compiled steps are kept; the user's
             cache directory if left out, `none` to keep nothing.
+        distributed: How processes of several hosts meet: `none`, `auto`, or the
+            engine that JAX asks, such as `slurm`.
+        mesh: Devices to spread over, such as `data=4,model=2`; one if left out.
+        shard_parameters: Whether parameters, optimizer state and snapshot are
+            split over the mesh's data axis (FSDP).
         lora_rank: Rank of LoRA adapters; 0 trains all weights.
         lora_target_layers: Names of the layers to adapt; the family's default
             (query and value) if left out.
@@ -102,6 +108,11 @@ class DPOConfig:
         seed: Of the order, dropout and new adapters.
         save_directory: Parent of the run's directory.
         save_steps: Steps between saved policies; none if left out.
+        resume: `auto` goes on from the run's newest backup, if there is one;
+            `never` begins anew; or the path of a backup.
+        backup_every: Optimizer steps between backups, or a time such as
+            `10 minutes`.
+        num_backups: How many are kept.
         do_last_save: Whether to save the policy at the end.
         log_steps: Steps between logged metrics.
         evaluation_batch_size: Pairs per validation batch.
@@ -124,6 +135,9 @@ class DPOConfig:
     remat: Literal["auto", "none", "layers"] = "auto"
     reference_cache: str | None = None
     compilation_cache: str | None = None
+    distributed: str = "none"
+    mesh: str | None = None
+    shard_parameters: bool = True
     lora_rank: int = 0
     lora_target_layers: list[str] | None = None
 
@@ -174,6 +188,9 @@ class DPOConfig:
 
     save_directory: str = "dpo_checkpoints"
     save_steps: int | None = None
+    resume: str = "auto"
+    backup_every: str = "10 minutes"
+    num_backups: int = 2
     do_last_save: bool = True
     log_steps: int = 50
     evaluation_batch_size: int | None = None
@@ -202,6 +219,7 @@ class DPOConfig:
             "log_steps",
             "max_steps",
             "save_steps",
+            "num_backups",
         )
         for name in positive:
             value = getattr(self, name)
@@ -261,6 +279,13 @@ class DPOConfig:
                 f"reference={self.reference!r}, reference_free="
                 f"{self.reference_free}. A precomputed reference cannot be "
                 "synced: use reference=initial."
+            )
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        elif not self.shard_parameters:
+            raise ValueError(
+                "`shard_parameters` has no effect without a mesh. Give mesh, "
+                "or leave it out."
             )
         if self.lora_target_layers and not self.lora_rank:
             raise ValueError(

@@ -1,10 +1,116 @@
 """Device meshes: what `keras.distribution` leaves to the caller."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import keras
+import numpy as np
+from jax.experimental import multihost_utils
+
+from keras_dpo.sharding import MeshDistribution, parse_mesh
+
+
+def set_mesh(
+    mesh: dict[str, int] | str, shard_parameters: bool = True
+) -> MeshDistribution:
+    """Spread all that is built from now on over a mesh of devices.
+
+    Args:
+        mesh: Such as `{"data": 4, "model": 2}` or `"data=4,model=2"`.
+        shard_parameters: See `MeshDistribution`.
+
+    Raises:
+        ValueError: The mesh does not fit the devices.
+    """
+    sizes = parse_mesh(mesh) if isinstance(mesh, str) else mesh
+    distribution = MeshDistribution(sizes, shard_parameters)
+    keras.distribution.set_distribution(distribution)
+    return distribution
+
+
+def start_processes(method: str = "auto") -> None:
+    """Meet the other processes of a run; call it before anything is built.
+
+    Does nothing where they have met already (Ray Train), or where there is
+    only this one.
+
+    Args:
+        method: `"auto"` looks at the environment: `JAX_COORDINATOR_ADDRESS`
+            with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (Kubeflow), Keras'
+            `KERAS_DISTRIBUTION_*`, then what JAX detects. Else the name of the
+            engine that JAX should ask, such as `"slurm"`, `"mpi4py"`, `"k8s"`.
+
+    Raises:
+        ValueError: The variables are incomplete.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if os.environ.get(name)]
+    if given and method == "auto":
+        if len(given) < len(names):
+            missing = ", ".join(n for n in names if n not in given)
+            raise ValueError(
+                f"{given[0]} is set, and {missing} is not. Set all of "
+                f"{', '.join(names)}, or none."
+            )
+        address, number, index = (os.environ[name] for name in names)
+        keras.distribution.initialize(address, int(number), int(index))
+    elif method == "auto":
+        keras.distribution.initialize()
+    else:
+        jax.distributed.initialize(cluster_detection_method=method)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def to_host(value: Any) -> np.ndarray:
+    """An array's values, also where other processes hold part of it."""
+    if isinstance(value, jax.Array) and not (
+        value.is_fully_addressable or value.is_fully_replicated
+    ):
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
+
+
+def local_part(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of a batch that this process's devices hold."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or jax.process_count() == 1:
+        return batch
+    mesh = distribution.device_mesh
+    axis = mesh.axis_names.index(distribution.batch_dim_name)
+    mine = [d in jax.local_devices() for d in mesh.backend_mesh.devices.flat]
+    places = np.where(np.reshape(mine, mesh.shape))[axis]
+    first, last, parts = places.min(), places.max() + 1, mesh.shape[axis]
+    return {
+        name: array[first * len(array) // parts : last * len(array) // parts]
+        for name, array in batch.items()
+    }
+
+
+def check_processes_agree(values: dict[str, Any]) -> None:
+    """Raise where processes would train on different things.
+
+    Args:
+        values: What must be the same everywhere, by name.
+    """
+    for name, value in values.items():
+        digest = hashlib.blake2b(repr(value).encode(), digest_size=4).digest()
+        number = np.frombuffer(digest, "uint32")
+        everywhere = multihost_utils.process_allgather(number).reshape(-1)
+        others = np.where(everywhere != everywhere[0])[0]
+        if len(others):
+            raise ValueError(
+                f"Processes 0 and {others[0]} differ in {name}. Received here: "
+                f"{value!r}. Give every process the same data and settings."
+            )
 
 
 def data_parallel_size() -> int:

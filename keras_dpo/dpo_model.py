@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_dpo import lora, losses
+from keras_dpo.callbacks.training_backup import Restored, TrainingBackup
 from keras_dpo.checks import (
     FirstBatchCheck,
     check_differentiable,
@@ -23,7 +24,12 @@ from keras_dpo.checks import (
 from keras_dpo.compilation import cache_directory, compiler_options
 from keras_dpo.data.dataset import PreferenceDataset, make_dataset
 from keras_dpo.data.packing import BLOCK, Packing, choose_lengths, round_up
-from keras_dpo.distribution import data_parallel_size, distribute_batch
+from keras_dpo.distribution import (
+    check_processes_agree,
+    data_parallel_size,
+    distribute_batch,
+    to_host,
+)
 from keras_dpo.execution import check_remat, choose_execution
 from keras_dpo.log_probs import Array
 from keras_dpo.losses import LossLike
@@ -32,6 +38,7 @@ from keras_dpo.memory import (
     layers_must_be_computed_again,
     memory_report,
 )
+from keras_dpo.messages import say
 from keras_dpo.metrics import make_metrics
 from keras_dpo.packed_backbone import layer_settings
 from keras_dpo.preprocessor import DPOPreprocessor
@@ -42,8 +49,15 @@ from keras_dpo.reference import (
     Reference,
     SnapshotReference,
 )
-from keras_dpo.reference_store import ReferenceStore, hash_weights
+from keras_dpo.reference_store import (
+    ReferenceStore,
+    hash_token_ids,
+    hash_weights,
+)
+from keras_dpo.resumable_epochs import resumable_epochs
 from keras_dpo.steps import PreferenceSteps
+from keras_dpo.stopping import StopBetweenSteps
+from keras_dpo.training_state import restore_callbacks
 
 # Tokens of a batch without gradients.
 PRECOMPUTE_TOKENS = 8192
@@ -352,29 +366,60 @@ class DPOModel(PreferenceSteps):
         train = self._prepare(train, micro_batches, epochs - initial_epoch)
         if valid is not None:
             valid = self._prepare(valid)
+        if jax.process_count() > 1:
+            check_processes_agree(
+                {
+                    "steps of an epoch": train.batches_per_epoch,
+                    "the training pairs": hash_token_ids(train.pairs),
+                    "the order's seed": train.seed,
+                }
+            )
         if self.precompute_reference:
             self._drop_reference_model()
         if self.remat_choice == "auto" and self._can_remat:
             self.remat = layers_must_be_computed_again(self, train)
         if verbose:
             report_start(self, train, epochs)
-        own = [_EpochOfDataset(train)]
-        if self._at_step_zero():
-            FirstBatchCheck(self).run(train[0])
+        theirs = _as_list(callbacks)
+        for callback in theirs:
+            if hasattr(callback, "watch"):
+                callback.watch(train)
+        backup = next(
+            (x for x in theirs if isinstance(x, TrainingBackup)), None
+        )
+        others = [x for x in theirs if x is not backup]
+        restored = backup and backup.begin(self, train, epochs, others)
+        position = _Position(train, restored, others)
+        if restored:
+            initial_epoch = restored.place.epoch
+            if restored.finished:
+                say("That run came to its end: there is nothing left to do.")
+                self.history = keras.callbacks.History()
+                position.restore(self)
+                return self.history
+        elif self._at_step_zero():
+            FirstBatchCheck(self).run(train.make_batch(train.batch_indices(0)))
+        stop = StopBetweenSteps(backup)
+        # A backup is written when the others have done their part of a step.
+        last = [stop] if backup is None else [backup, stop]
         self._fitting = True
         try:
-            return super().fit(
-                train,
-                epochs=epochs,
-                verbose=verbose,
-                callbacks=_add_callbacks(callbacks, own),
-                validation_data=valid,
-                shuffle=False,
-                initial_epoch=initial_epoch,
-                validation_freq=validation_freq,
-            )
+            with resumable_epochs(), stop:
+                return super().fit(
+                    train,
+                    epochs=epochs,
+                    verbose=verbose,
+                    callbacks=[position, *others, *last],
+                    validation_data=valid,
+                    shuffle=False,
+                    initial_epoch=initial_epoch,
+                    validation_freq=validation_freq,
+                )
         finally:
             self._fitting = False
+            train.first_batch = 0
+            if backup is not None:
+                backup.close()
 
     def evaluate(
         self,
@@ -427,6 +472,12 @@ class DPOModel(PreferenceSteps):
             reference_rejected_log_prob, chosen_reward, rejected_reward and
             reward_margin, in nats. A pair that the data report dropped is NaN.
         """
+        if jax.process_count() > 1:
+            raise ValueError(
+                "predict runs in one process. Received: "
+                f"{jax.process_count()} processes. Use evaluate, or load the "
+                "policy in one process."
+            )
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
         dataset = self._prepare(dataset)
         outputs = super().predict(dataset, verbose=verbose, callbacks=callbacks)
@@ -521,7 +572,7 @@ class DPOModel(PreferenceSteps):
         def compute(n: int) -> Iterator[tuple[int, np.ndarray]]:
             for indices in parts[n].all_batches():
                 batch = distribute_batch(parts[n].make_batch(indices))
-                values = np.asarray(run(trainable, non_trainable, batch))
+                values = to_host(run(trainable, non_trainable, batch))
                 yield from zip(indices, values, strict=False)
 
         store.fill(compute)
@@ -651,17 +702,46 @@ class DPOModel(PreferenceSteps):
         report_start(self, print_fn=kwargs.get("print_fn", print))
 
 
-class _EpochOfDataset(keras.callbacks.Callback):
-    """Tells the dataset which epoch runs; Keras' own signal miscounts."""
+class _Position(keras.callbacks.Callback):
+    """Puts the dataset, and what a backup held, in their places.
+
+    Keras' own signal of an epoch's end miscounts.
+    """
 
     async_safe = True
 
-    def __init__(self, dataset: PreferenceDataset) -> None:
+    def __init__(
+        self,
+        dataset: PreferenceDataset,
+        restored: Restored | None,
+        callbacks: list[Any],
+    ) -> None:
         super().__init__()
         self.dataset = dataset
+        self.restored = restored
+        self.callbacks = callbacks
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.dataset.epoch = epoch
+        self.dataset.first_batch = 0
+        if self.restored and self.restored.place.epoch == epoch:
+            self.dataset.first_batch = self.restored.place.batch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Before the first batch: all callbacks have begun the epoch."""
+        self.restore(self._model)
+
+    def restore(self, model: Any) -> None:
+        """Give metrics and callbacks back what they had counted, once."""
+        restored, self.restored = self.restored, None
+        if restored is None:
+            return
+        if restored.place.batch or restored.finished:
+            for variable, value in zip(
+                model.metrics_variables, restored.metrics, strict=True
+            ):
+                variable.assign(value)
+        restore_callbacks([*self.callbacks, model.history], restored.callbacks)
 
 
 def _mark_preprocessor_built(policy: keras.Model) -> None:
@@ -676,13 +756,11 @@ def _mark_preprocessor_built(policy: keras.Model) -> None:
             layer.build(None)
 
 
-def _add_callbacks(callbacks: Any, own: list[keras.callbacks.Callback]) -> Any:
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        for callback in own:
-            callbacks.append(callback)
-        return callbacks
+def _as_list(callbacks: Any) -> list[keras.callbacks.Callback]:
     if callbacks is None:
-        callbacks = []
-    elif isinstance(callbacks, keras.callbacks.Callback):
-        callbacks = [callbacks]
-    return [*own, *callbacks]
+        return []
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return list(callbacks.callbacks)
+    if isinstance(callbacks, keras.callbacks.Callback):
+        return [callbacks]
+    return list(callbacks)

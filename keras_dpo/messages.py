@@ -2,11 +2,17 @@
 
 import logging
 
+import jax
 import keras
 
 
 def say(line: str) -> None:
-    """Show a line as Keras shows its own: printed, or logged."""
+    """Show a line as Keras shows its own: printed, or logged.
+
+    Of several processes the first speaks.
+    """
+    if jax.distributed.is_initialized() and jax.process_index() != 0:
+        return
     if keras.config.is_interactive_logging_enabled():
         print(line, flush=True)  # noqa: T201
     else:

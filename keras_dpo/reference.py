@@ -25,6 +25,9 @@ class Reference(keras.layers.Layer):
     donation among the model's non-trainable state.
     """
 
+    # Whether a sync changed it since it was made.
+    synced = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(trainable=False, **kwargs)
         self.built = True

@@ -12,10 +12,10 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 import keras
 import numpy as np
 
+from keras_dpo.distribution import to_host
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import Tokenized
 
@@ -28,7 +28,7 @@ def hash_weights(variables: Iterable[keras.Variable]) -> str:
     """Of every value, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for variable in variables:
-        value = np.ascontiguousarray(jax.device_get(variable.value))
+        value = np.ascontiguousarray(to_host(variable.value))
         digest.update(f"{value.shape} {value.dtype}".encode())
         digest.update(value.reshape(-1).view("uint8").data)
     return digest.hexdigest()

@@ -12,10 +12,12 @@ import yaml
 
 from keras_dpo import callbacks as dpo_callbacks
 from keras_dpo.callbacks.generation_samples import sample_answers
+from keras_dpo.checks import steps_done
 from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.sources import read_rows
+from keras_dpo.distribution import set_mesh, start_processes
 from keras_dpo.dpo_model import DPOModel
 from keras_dpo.memory import MemoryReport, extrapolate
 from keras_dpo.messages import say
@@ -57,6 +59,7 @@ def train(config: DPOConfig) -> TrainingRun:
     keras.utils.set_random_seed(config.seed)
     keep_compiled(config.compilation_cache)
     choose_attention(config.attn_mechanism)
+    choose_mesh(config)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     training, validation = make_datasets(config, preprocessor)
@@ -109,6 +112,7 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
     require(config, "repo_id", "dataset_name")
     keep_compiled(config.compilation_cache)
     choose_attention(config.attn_mechanism)
+    choose_mesh(config)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     model = make_model(config, policy, preprocessor)
@@ -135,6 +139,7 @@ def precompute(config: DPOConfig) -> list[pathlib.Path]:
     require(config, "repo_id", "dataset_name")
     config = dataclasses.replace(config, reference="precomputed")
     keep_compiled(config.compilation_cache)
+    choose_mesh(config)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     datasets = make_datasets(config, preprocessor)
@@ -221,6 +226,14 @@ def choose_attention(mechanism: str) -> None:
     else:
         runs = "auto (flash where Keras finds it possible)"
     say(f"Attention on padded sequences: {runs}")
+
+
+def choose_mesh(config: DPOConfig) -> None:
+    """Spread what is built from now on over the devices, if asked to."""
+    if config.distributed != "none":
+        start_processes(config.distributed)
+    if config.mesh:
+        set_mesh(config.mesh, config.shard_parameters)
 
 
 def make_policy(config: DPOConfig, num_layers: int | None = None) -> Any:
@@ -346,7 +359,7 @@ def make_model(
 
 def total_steps(config: DPOConfig, training: PreferenceDataset) -> int:
     """Optimizer steps of the whole run."""
-    steps = training.num_batches * config.num_train_epochs
+    steps = training.batches_per_epoch * config.num_train_epochs
     return min(steps, config.max_steps or steps)
 
 
@@ -371,14 +384,24 @@ def make_callbacks(
     config: DPOConfig, directory: pathlib.Path, steps: int
 ) -> list[keras.callbacks.Callback]:
     """Logging, saving and syncing as the config says."""
+    backup = dpo_callbacks.TrainingBackup(
+        directory / "backups",
+        config.backup_every,
+        config.num_backups,
+        config.resume,
+    )
     metrics = directory / "metrics.jsonl"
     # A run of its own; what an earlier one left is kept beside.
-    if metrics.exists():
+    if metrics.exists() and not backup.goes_on:
         os.replace(metrics, directory / "metrics.previous.jsonl")
     every = min(config.log_steps, steps)
     chosen: list[keras.callbacks.Callback] = [
         dpo_callbacks.MetricsFile(metrics, every),
         StopAfter(steps),
+        dpo_callbacks.NaNGuard(directory),
+        dpo_callbacks.StuckLossGuard(),
+        dpo_callbacks.FallingRewardGuard(every),
+        backup,
     ]
     if config.sync_ref_model:
         chosen.append(
@@ -411,7 +434,9 @@ class StopAfter(keras.callbacks.Callback):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self._begun = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._begun = steps_done(self.model.optimizer)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._begun += 1

@@ -1,5 +1,6 @@
 """8 simulated devices against one, each in a process of its own."""
 
+import functools
 import json
 import os
 import subprocess
@@ -27,6 +28,9 @@ elif kind == "model":
         layout_map=layout, batch_dim_name="batch"))
 from conftest import random_pairs, tiny_policy
 import keras_dpo
+if kind in ("fsdp", "mesh", "whole"):
+    mesh = {{"data": 4, "model": 2}} if kind == "mesh" else "data=8"
+    keras_dpo.distribution.set_mesh(mesh, shard_parameters=kind != "whole")
 policy = tiny_policy()
 if lora:
     keras.utils.set_random_seed(1)
@@ -46,7 +50,14 @@ model.fit(data, verbose=0, callbacks=[
     Keep(), keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5)])
 scores = model.predict(data, verbose=0)
 shard = lambda vs: [str(getattr(v.value.sharding, "spec", None)) for v in vs]
+def local(vs):
+    return sum(v.value.addressable_shards[0].data.nbytes for v in vs)
+size = lambda vs: sum(v.value.nbytes for v in vs)
+parts = dict(policy=policy.trainable_variables,
+             snapshot=model.reference.snapshot,
+             optimizer=model.optimizer.variables)
 print("RESULT" + json.dumps(dict(
+    share={{name: local(vs) / size(vs) for name, vs in parts.items()}},
     devices=len(jax.devices()), losses=losses,
     evaluated=model.evaluate(data, verbose=0, return_dict=True)["loss"],
     margins=[float(x) for x in scores["reward_margin"]],
@@ -59,6 +70,7 @@ print("RESULT" + json.dumps(dict(
 """
 
 
+@functools.cache
 def run(kind, lora="full", loss="'sigmoid'"):
     script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), loss=loss)
     flags = (
@@ -100,6 +112,19 @@ def test_meshes_equal_one_device(lora):
     assert_equal(found, expected)
     if lora == "full":
         assert any("model" in spec for spec in found["snapshot_sharding"])
+
+
+@pytest.mark.parametrize("lora", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["fsdp", "mesh", "whole"])
+def test_our_meshes_equal_one_device(kind, lora):
+    """And hold, fully sharded, an eighth of the bytes on each device."""
+    found = run(kind, lora)
+    assert_equal(found, run("one", lora))
+    if kind == "whole":
+        assert set(found["share"].values()) == {1.0}
+    elif lora == "full":
+        # Of the tiny policy's bytes, vectors are a few per cent.
+        assert max(found["share"].values()) < 0.17, found["share"]
 
 
 def test_a_loss_that_couples_pairs_sees_the_global_batch():

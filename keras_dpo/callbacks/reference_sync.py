@@ -56,6 +56,7 @@ class ReferenceSync(AfterStep):
         """Mix now."""
         for reference, policy in model.reference.variable_pairs():
             reference.assign(_mix(reference.value, policy.value, self.alpha))
+        model.reference.synced = True
 
 
 @jax.jit

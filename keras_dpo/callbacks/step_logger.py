@@ -1,6 +1,7 @@
 """`StepLogger` and its file: exact means of what happened between two logs."""
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from keras_dpo.callbacks.after_step import AfterStep
+from keras_dpo.distribution import is_main_process
+from keras_dpo.reference_store import write_beside
 
 
 class StepLogger(AfterStep):
@@ -71,6 +74,15 @@ class StepLogger(AfterStep):
         )
         self._totals, self._logged_step, self._time = totals, self.step, now
 
+    def get_state(self) -> dict[str, Any]:
+        """What a `TrainingBackup` keeps."""
+        return {"totals": self._totals, "step": self._logged_step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        self._totals = {k: tuple(v) for k, v in state["totals"].items()}
+        self._logged_step = state["step"]
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)
         self._log_rest()
@@ -96,7 +108,18 @@ class MetricsFile(StepLogger):
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from it; records of steps that come again are dropped."""
+        super().set_state(state)
+        if not self.path.exists() or not is_main_process():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = [x for x in lines if _step_of(x) <= self.step]
+        write_beside(self.path, "".join(kept).encode())
+
     def write(self, record: dict[str, Any]) -> None:
+        if not is_main_process():
+            return
         # JSON knows no NaN.
         plain = {
             key: None if isinstance(value, float) and value != value else value
@@ -104,3 +127,11 @@ class MetricsFile(StepLogger):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; infinite for a line cut off by a kill."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf

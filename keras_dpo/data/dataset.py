@@ -83,6 +83,8 @@ class PreferenceDataset(keras.utils.PyDataset):
         self.seed = seed
         self.epoch = 0
         self.steps_per_epoch: int | None = None
+        # Of the current epoch; above 0 where a run goes on inside it.
+        self.first_batch = 0
         self.preprocessor = preprocessor or DPOPreprocessor()
         rows = read_rows(source, split)
         records, self.report = normalize_records(rows, column_map, ranked)
@@ -140,7 +142,12 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch."""
+        """Batches that the current epoch still has."""
+        return self.batches_per_epoch - self.first_batch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of a whole epoch."""
         return self.steps_per_epoch or self.batches_per_pass
 
     @property
@@ -153,7 +160,7 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     def batch_indices(self, index: int) -> np.ndarray:
         """Indices of the pairs in batch `index` of the current epoch."""
-        step = self.epoch * self.num_batches + index
+        step = self.epoch * self.batches_per_epoch + index
         number, index = divmod(step, self.batches_per_pass)
         return self._order(number)[index]
 
@@ -251,7 +258,10 @@ class PreferenceDataset(keras.utils.PyDataset):
     # --- Batches ------------------------------------------------------------
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.make_batch(self.batch_indices(index))
+        from keras_dpo.distribution import local_part
+
+        indices = self.batch_indices(self.first_batch + index)
+        return local_part(self.make_batch(indices))
 
     def make_batch(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
         """Arrays of the given pairs, padded to a shape of the list.

@@ -1,0 +1,139 @@
+"""`NaNGuard`: stop at the first loss that is not a number, and say why."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from keras_dpo.callbacks.after_step import AfterStep
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.reference_store import write_beside
+
+# Of a weight, a margin or a stored log-prob, in nats.
+EXTREME = 1e6
+
+
+class NaNGuard(AfterStep):
+    """Ends training when the loss is NaN or infinite.
+
+    No step waits for it: losses are read while later steps run, so training
+    ends a step or two after the loss went wrong. The error tells the step, the
+    rows of its batch and the likely cause; the rows' token ids are saved.
+
+    Args:
+        directory: Where `nonfinite-step-N.json` is written.
+
+    Raises:
+        FloatingPointError: In `fit`, when it happens.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] = ".") -> None:
+        super().__init__()
+        self.directory = pathlib.Path(directory)
+        self._dataset: PreferenceDataset | None = None
+        self._bad_batch: int | None = None
+        self._epoch = 0
+
+    def watch(self, dataset: PreferenceDataset) -> None:
+        """`fit` tells which pairs are trained on."""
+        self._dataset = dataset
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch, self._bad_batch = epoch, None
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        # In Keras' other thread where there is one: it may wait for the step.
+        loss = float((logs or {}).get("loss", 0.0))
+        if not math.isfinite(loss) and self._bad_batch is None:
+            self._bad_batch = batch
+        super().on_train_batch_end(batch, logs)
+
+    def after_step(self, step: int) -> None:
+        if self._bad_batch is not None:
+            self._raise(self._bad_batch)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if self._bad_batch is not None:
+            self._raise(self._bad_batch)
+
+    def _raise(self, batch: int) -> None:
+        cause = likely_cause(self.model)
+        where = f"epoch {self._epoch + 1}, batch {batch + 1}"
+        text = f"The loss is not a finite number at {where}."
+        if self._dataset is not None:
+            dataset = self._dataset
+            number = self._epoch * dataset.batches_per_epoch + batch + 1
+            indices = dataset.batch_indices(batch)
+            rows = [int(dataset.report.rows[i]) for i in indices]
+            cause = _extreme_value(dataset, indices) or cause
+            path = self.directory / f"nonfinite-step-{number}.json"
+            self.directory.mkdir(parents=True, exist_ok=True)
+            pairs = [dataset.pairs[i] for i in indices]
+            content = [
+                {
+                    "row": row,
+                    "prompt_ids": list(pair.prompt_ids),
+                    "chosen_ids": list(pair.chosen_ids),
+                    "rejected_ids": list(pair.rejected_ids),
+                }
+                for row, pair in zip(rows, pairs, strict=True)
+            ]
+            write_beside(path, json.dumps(content).encode())
+            shown = ", ".join(map(str, rows[:8])) + ", ..." * (len(rows) > 8)
+            text += f" Rows {shown}; their token ids are in {path}."
+        raise FloatingPointError(f"{text} Likely cause: {cause}")
+
+
+def likely_cause(model: Any) -> str:
+    """Why a loss is not finite, from what the variables hold now."""
+    reference = _nonfinite(model.reference.variables)
+    trained = {id(v) for v in model.trainable_variables}
+    frozen = _nonfinite(v for v in model.policy.weights if id(v) not in trained)
+    for kind, found in (("reference", reference), ("frozen", frozen)):
+        if found:
+            return (
+                f"the {kind} weights hold NaN or infinity ({found[0]}): the "
+                "preset or checkpoint itself is broken."
+            )
+    policy = _nonfinite(model.trainable_variables)
+    if not policy:
+        return (
+            "the weights are finite, so the step's own numbers overflowed. "
+            "Score the saved rows with model.predict."
+        )
+    if "float16" == str(model.policy.compute_dtype):
+        return "float16 overflows above 65,504. Use dtype mixed_bfloat16."
+    rate = float(np.asarray(model.optimizer.learning_rate))
+    clipped = model.optimizer.global_clipnorm or model.optimizer.clipnorm
+    advice = "" if clipped else ", or clip gradients (clip_norm 1.0)"
+    return (
+        f"an update made {len(policy)} of {len(trained)} trained variables NaN "
+        f"(such as {policy[0]}): training diverged at learning rate "
+        f"{rate:.3g}. Lower it{advice}."
+    )
+
+
+def _extreme_value(dataset: PreferenceDataset, indices: Any) -> str | None:
+    for i in indices:
+        for name, value in dataset.pairs[i].extras.items():
+            if abs(value) > EXTREME:
+                return (
+                    f"row {dataset.report.rows[i]} has {name} = {value:.3g}. "
+                    "Correct or remove it."
+                )
+    return None
+
+
+def _nonfinite(variables: Any) -> list[str]:
+    return [
+        variable.path
+        for variable in variables
+        if keras.backend.is_float_dtype(variable.dtype)
+        and not bool(jnp.isfinite(variable.value).all())
+    ]

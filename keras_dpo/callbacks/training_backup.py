@@ -1,0 +1,410 @@
+"""`TrainingBackup`: kill the run at any moment, and go on bit for bit."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from keras_dpo import training_state
+from keras_dpo.callbacks.after_step import AfterStep
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.distribution import is_main_process
+from keras_dpo.messages import say
+from keras_dpo.reference_store import write_beside
+from keras_dpo.training_state import Place
+
+# Of several processes that back up by time.
+STEPS_BETWEEN_QUESTIONS = 10
+# Says that the run came to its end.
+FINISHED = "finished.json"
+
+
+class Restored(NamedTuple):
+    """What a backup held beyond the variables that are assigned at once."""
+
+    place: Place
+    metrics: list[jax.Array]
+    callbacks: list[list[Any]]
+    finished: bool
+
+
+class TrainingBackup(AfterStep):
+    """Writes all of a run's state along the way; `fit` goes on from it.
+
+    Policy (LoRA's own values), reference after syncs, optimizer, schedule,
+    random generators, place in the data, metrics and what callbacks counted.
+    Written by Orbax in the background, beside its place, and committed by a
+    rename: a run that is killed, also while writing, goes on from the newest
+    whole one with the same bits. SIGTERM writes one more and ends with exit
+    status 75; Ctrl-C writes one more, too.
+
+    Args:
+        directory: Where backups lie, one directory `N` for optimizer step N.
+        every: Optimizer steps between backups, or a time such as
+            `"10 minutes"`.
+        keep: How many are kept.
+        resume: `"auto"` goes on from the newest backup, if there is one;
+            `"never"` begins anew and moves what is there aside; a path goes on
+            from that backup (`directory/N`) or the newest in that directory.
+
+    Raises:
+        ValueError: An argument is wrong; or, when training begins, the backup
+            is of other data, settings or another model, or cannot be read.
+
+    Example:
+
+    ```python
+    model.fit(train, epochs=3, callbacks=[
+        keras_dpo.callbacks.TrainingBackup("backups", every=500)])
+    ```
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every: int | str = "10 minutes",
+        keep: int = 2,
+        resume: str | os.PathLike[str] = "auto",
+    ) -> None:
+        super().__init__()
+        self.directory = pathlib.Path(directory).expanduser().absolute()
+        self.every_steps, self.every_seconds = _parse_interval(every)
+        if keep < 1:
+            raise ValueError(f"`keep` must be at least 1. Received: {keep!r}.")
+        self.keep = keep
+        self.resume = resume
+        self._manager: Any = None
+
+    # --- Called by `fit` before training ----------------------------------
+
+    def begin(
+        self,
+        model: Any,
+        dataset: PreferenceDataset,
+        epochs: int,
+        callbacks: Iterable[Any],
+    ) -> Restored | None:
+        """Open the directory; assign what the newest backup holds.
+
+        Args:
+            model: A compiled `DPOModel`, its reference in place.
+            dataset: The training pairs, as they are run.
+            epochs: As given to `fit`.
+            callbacks: The others, whose counts are kept.
+
+        Returns:
+            What is left to restore, or None for a run that begins.
+        """
+        self._dataset, self._epochs = dataset, epochs
+        self._callbacks = list(callbacks)
+        for callback in self._callbacks:
+            if getattr(callback, "restore_best_weights", False):
+                raise ValueError(
+                    "A backup does not hold the best weights of "
+                    "EarlyStopping(restore_best_weights=True). Keep the best "
+                    "with keras.callbacks.ModelCheckpoint instead."
+                )
+        self._saved_step = -1
+        self._fixed_hashes: dict[bool, str] = {}
+        source = self._find_source()
+        self._open()
+        restored = None
+        if source is not None:
+            restored = self._restore(model, dataset, *source)
+        self._last_save = time.monotonic()
+        return restored
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a backup to go on from."""
+        return self.resume != "never" and (
+            self.resume != "auto" or bool(_steps(self.directory))
+        )
+
+    def _find_source(self) -> tuple[pathlib.Path, int] | None:
+        """Directory and step of the backup to go on from."""
+        if self.resume == "never":
+            self._move_aside()
+            return None
+        if self.resume == "auto":
+            steps = _steps(self.directory)
+            return (self.directory, steps[-1]) if steps else None
+        path = pathlib.Path(self.resume).expanduser().absolute()
+        if path.name.isdigit() and path.is_dir():
+            return path.parent, int(path.name)
+        steps = _steps(path)
+        if not steps:
+            raise ValueError(
+                f"There is no whole backup in {path}. Give the directory of a "
+                "TrainingBackup, or resume='never' to begin anew."
+            )
+        return path, steps[-1]
+
+    def _move_aside(self) -> None:
+        if not _steps(self.directory):
+            return
+        number = 1
+        while (aside := _beside(self.directory, number)).exists():
+            number += 1
+        os.replace(self.directory, aside)
+        say(f"Earlier backups were moved to {aside}")
+
+    def _open(self) -> None:
+        import orbax.checkpoint as orbax
+
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe = self.directory / f".writable-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"Backups cannot be written to {self.directory}: "
+                f"{error.strerror}. Choose another directory."
+            ) from error
+        self._manager = orbax.CheckpointManager(
+            self.directory,
+            options=orbax.CheckpointManagerOptions(
+                max_to_keep=self.keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def _restore(
+        self,
+        model: Any,
+        dataset: PreferenceDataset,
+        directory: pathlib.Path,
+        step: int,
+    ) -> Restored:
+        import orbax.checkpoint as orbax
+
+        path = directory / str(step)
+        way_out = (
+            f"Remove {path} to go on from the backup before it, or use "
+            "resume='never' to begin anew."
+        )
+        manager = self._manager
+        if directory != self.directory:
+            manager = orbax.CheckpointManager(directory)
+        try:
+            info = manager.restore(
+                step, args=orbax.args.Composite(info=orbax.args.JsonRestore())
+            )["info"]
+        except Exception as error:
+            raise ValueError(
+                f"The backup {path} cannot be read: {_first_line(error)}. "
+                + way_out
+            ) from error
+        # A sync made the reference part of the backup.
+        model.reference.synced = info["reference_synced"]
+        changed = training_state.differences(
+            info["identity"], training_state.identity(model, dataset)
+        )
+        if not changed and info["fixed"] != self._hash_fixed(model):
+            changed = ["the weights that are not trained differ"]
+        if changed:
+            raise ValueError(
+                f"The backup {path} is of another run: {'; '.join(changed)}. "
+                "Use the settings, data and model that it was written with, "
+                "another directory, or resume='never' to begin anew."
+            )
+        wanted = {
+            name: jax.ShapeDtypeStruct(
+                v.shape, v.dtype, sharding=v.value.sharding
+            )
+            for name, v in _named(model)
+        }
+        try:
+            arrays = manager.restore(
+                step,
+                args=orbax.args.Composite(
+                    state=orbax.args.StandardRestore(wanted)
+                ),
+            )["state"]
+        except Exception as error:
+            raise ValueError(
+                f"The backup {path} cannot be read: {_first_line(error)}. "
+                + way_out
+            ) from error
+        metrics = []
+        for name, variable in _named(model):
+            if name.startswith("metrics"):
+                metrics.append(arrays[name])
+            else:
+                variable.assign(arrays[name])
+        place = Place(*info["place"])
+        say(
+            f"Going on from {path}: epoch {place.epoch + 1}, "
+            f"{place.batch} of {dataset.batches_per_epoch} steps done"
+        )
+        self._saved_step = step if directory == self.directory else -1
+        return Restored(
+            place, metrics, info["callbacks"], self._finished(directory, step)
+        )
+
+    def _finished(self, directory: pathlib.Path, step: int) -> bool:
+        """Whether that step ended a run of as many epochs."""
+        path = directory / FINISHED
+        if not path.exists():
+            return False
+        found = json.loads(path.read_text())
+        return found["step"] == step and found["epochs"] >= self._epochs
+
+    def _hash_fixed(self, model: Any) -> str:
+        synced = model.reference.synced
+        if synced not in self._fixed_hashes:
+            self._fixed_hashes[synced] = training_state.hash_fixed(model)
+        return self._fixed_hashes[synced]
+
+    # --- While training ------------------------------------------------------
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._place = Place(epoch, self._dataset.first_batch)
+
+    def after_step(self, step: int) -> None:
+        self._place = Place(self._place.epoch, self._place.batch + 1)
+        if self._due():
+            self.save()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if self._place.batch >= self._dataset.batches_per_epoch:
+            self._place = Place(epoch + 1, 0)
+            if self._due():
+                self.save()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.save()
+        self.close()
+        ended = {"step": self._saved_step, "epochs": self._epochs}
+        if is_main_process():
+            write_beside(self.directory / FINISHED, json.dumps(ended).encode())
+
+    def _due(self) -> bool:
+        if self.every_steps is not None:
+            updates = self.step // self.steps_per_update
+            return updates // self.every_steps > (
+                max(self._saved_step, 0) // self.every_steps
+            )
+        due = time.monotonic() - self._last_save >= self.every_seconds
+        if jax.process_count() == 1:
+            return due
+        # Clocks differ: the first process decides, and is not asked too often.
+        if self.step % STEPS_BETWEEN_QUESTIONS:
+            return False
+        return bool(multihost_utils.broadcast_one_to_all(np.array(due)))
+
+    def save(self) -> None:
+        """Write a backup now, unless this step has one.
+
+        Raises:
+            OSError: It cannot be written; the one before is whole.
+        """
+        import orbax.checkpoint as orbax
+
+        step = self.step // self.steps_per_update
+        if step == self._saved_step or not self.can_save:
+            return
+        model = self.model  # Brings the variables up to date.
+        if not math.isfinite(model.metric_totals()["loss"][0]):
+            say(f"No backup of step {step}: the loss is not a finite number.")
+            return
+        callbacks = [*self._callbacks, model.history]
+        info = {
+            "identity": training_state.identity(model, self._dataset),
+            "fixed": self._hash_fixed(model),
+            "reference_synced": model.reference.synced,
+            "place": list(self._place),
+            "callbacks": training_state.callback_states(callbacks),
+        }
+        # Copies: the next step gives the originals' memory away.
+        arrays = {
+            name: jax.numpy.copy(variable.value)
+            for name, variable in _named(model)
+        }
+        with _said_clearly(step, self.directory):
+            self._manager.save(
+                step,
+                args=orbax.args.Composite(
+                    state=orbax.args.StandardSave(arrays),
+                    info=orbax.args.JsonSave(info),
+                ),
+                force=True,
+            )
+        self._saved_step = step
+        self._last_save = time.monotonic()
+
+    @property
+    def can_save(self) -> bool:
+        """Not between the last step of an epoch and its end.
+
+        There validation and what callbacks make of it are still to come.
+        """
+        return self._place.batch < self._dataset.batches_per_epoch
+
+    def close(self) -> None:
+        """Wait until what was begun is written."""
+        with _said_clearly(self._saved_step, self.directory):
+            self._manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _said_clearly(step: int, directory: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"The backup of step {step} cannot be written to {directory}: "
+            f"{_first_line(error)}. The one before is whole: make room, and "
+            "start again to go on from it."
+        ) from error
+
+
+def _named(model: Any) -> Iterator[tuple[str, Any]]:
+    groups = training_state.changing_variables(model)
+    for group, variables in groups.items():
+        for index, variable in enumerate(variables):
+            yield f"{group}_{index:05d}", variable
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the whole backups in a directory, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def _beside(directory: pathlib.Path, number: int) -> pathlib.Path:
+    return directory.with_name(f"{directory.name}.earlier-{number}")
+
+
+def _parse_interval(every: int | str) -> tuple[int | None, float]:
+    """(steps, or None, seconds)."""
+    if isinstance(every, int) and every >= 1:
+        return every, np.inf
+    text = str(every).strip()
+    if text.isdigit() and int(text) >= 1:
+        return int(text), np.inf
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?m(?:in(?:ute)?s?)?", text)
+    if not found or not float(found[1]) > 0:
+        raise ValueError(
+            "`every` must be a number of steps above 0, or a time such as "
+            f"'10 minutes'. Received: {every!r}."
+        )
+    return None, 60 * float(found[1])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,32 @@
+"""Epochs that begin in the middle, which Keras' trainer does not know.
+
+Keras 3.15 counts the batches of an epoch once, before training.
+`tests/test_training_backup.py` tells when that changes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+
+@contextlib.contextmanager
+def resumable_epochs() -> Iterator[None]:
+    """Keras counts a `PreferenceDataset`'s batches at every epoch's start."""
+    trainer: Any = keras.src.backend.jax.trainer
+    original: Any = trainer.JAXEpochIterator
+
+    class ResumableEpochIterator(original):
+        def _enumerate_iterator(self) -> Iterator[Any]:
+            dataset = getattr(self.data_adapter, "py_dataset", None)
+            first = getattr(dataset, "first_batch", 0)
+            self._num_batches = self.data_adapter.num_batches
+            for begin, end, batches in super()._enumerate_iterator():
+                yield first + begin, first + end, batches
+
+    trainer.JAXEpochIterator = ResumableEpochIterator
+    try:
+        yield
+    finally:
+        trainer.JAXEpochIterator = original

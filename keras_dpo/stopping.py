@@ -1,0 +1,81 @@
+"""Stop between two steps, with everything in place."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from keras_dpo.callbacks.after_step import AfterStep
+from keras_dpo.callbacks.training_backup import TrainingBackup
+from keras_dpo.messages import say
+
+# "Try again later" of sysexits.h: the run was preempted and can go on.
+PREEMPTED = 75
+
+
+class StopBetweenSteps(AfterStep):
+    """Ends training after the step in which Ctrl-C or SIGTERM came.
+
+    Inside a step its interruption would delete the weights that the step was
+    given. Ctrl-C raises `KeyboardInterrupt`, a second one at once; SIGTERM is
+    heeded where there is a backup to write, and ends with exit status 75.
+
+    Args:
+        backup: Written before the end, if given.
+    """
+
+    def __init__(self, backup: TrainingBackup | None = None) -> None:
+        super().__init__()
+        self.backup = backup
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopBetweenSteps":
+        if threading.current_thread() is threading.main_thread():
+            signals = [signal.SIGINT]
+            # Of several processes, JAX listens, for all must agree on a step.
+            if self.backup is not None and jax.process_count() == 1:
+                signals.append(signal.SIGTERM)
+            for number in signals:
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if number == self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        again = "; Ctrl-C again: now" if number == signal.SIGINT else ""
+        text = (
+            f"\n{signal.Signals(number).name}: ending after this step{again}\n"
+        )
+        # A print may be what was interrupted.
+        os.write(2, text.encode())
+
+    def after_step(self, step: int) -> None:
+        if jax.process_count() > 1 and self.backup is not None:
+            if multihost_utils.reached_preemption_sync_point(step):
+                self._signal = signal.SIGTERM
+        if self.backup is None or self.backup.can_save:
+            self._stop()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._signal is None:
+            return
+        if self.backup is not None:
+            self.backup.save()
+            self.backup.close()
+            say(f"A backup is in {self.backup.directory}")
+        if self._signal == signal.SIGTERM:
+            raise SystemExit(PREEMPTED)
+        raise KeyboardInterrupt

@@ -1,0 +1,173 @@
+"""All that a run needs to go on as if it had never stopped.
+
+Variables by order (the paths of two processes differ), the place in the data,
+what callbacks counted; and what must be the same for it to mean anything.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import keras
+import numpy as np
+
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.reference_store import hash_token_ids, hash_weights
+
+# Raised when states of an earlier version must not be read.
+FORMAT = 1
+# What Keras' own callbacks count, beyond their settings.
+KERAS_CALLBACKS = {
+    "EarlyStopping": ("wait", "best", "best_epoch", "stopped_epoch"),
+    "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
+    "ModelCheckpoint": ("best",),
+    "History": ("history", "epoch"),
+}
+
+
+class Place(NamedTuple):
+    """Where a run stands: `batch` steps of `epoch` are done."""
+
+    epoch: int
+    batch: int
+
+
+def changing_variables(model: Any) -> dict[str, list[keras.Variable]]:
+    """The variables that training changes, in groups.
+
+    Frozen kernels and a reference that nobody synced are left out: they are
+    what the run began with, which `identity` holds to.
+    """
+    fixed = {id(v) for v in fixed_variables(model)}
+    return {
+        "trainable": model.trainable_variables,
+        "other": [
+            v for v in model.non_trainable_variables if id(v) not in fixed
+        ],
+        "optimizer": model.optimizer.variables,
+        "metrics": model.metrics_variables,
+    }
+
+
+def fixed_variables(model: Any) -> list[keras.Variable]:
+    """The variables that training does not change."""
+    trained = {id(v) for v in model.trainable_variables}
+    fixed = [
+        v
+        for v in model.policy.weights
+        # Vectors may be running statistics.
+        if id(v) not in trained and len(v.shape) > 1
+    ]
+    if not model.reference.synced:
+        fixed += model.reference.weights
+    return fixed
+
+
+def identity(model: Any, dataset: PreferenceDataset) -> dict[str, Any]:
+    """What must be the same when a run goes on, by name."""
+    optimizer = keras.saving.serialize_keras_object(model.optimizer)
+    loss = keras.saving.serialize_keras_object(model.preference_loss)
+    pairs_extras = json.dumps([p.extras for p in dataset.pairs], sort_keys=True)
+    return {
+        "format": FORMAT,
+        "pairs": hash_token_ids(dataset.pairs),
+        "weights and margins": _hash(pairs_extras),
+        "batch_size": dataset.batch_size,
+        "seed": dataset.seed,
+        "shuffle": dataset.shuffle,
+        "steps_per_epoch": dataset.batches_per_epoch,
+        "batches": [
+            dataset.packing is not None,
+            list(map(list, dataset.shapes)),
+        ],
+        "optimizer": _plain(optimizer["config"])
+        | {"name": optimizer["class_name"]},
+        "loss": _plain(loss["config"]) | {"name": loss["class_name"]},
+        "gradient_accumulation_steps": model.gradient_accumulation_steps,
+        "variables": {
+            group: [[list(v.shape), str(v.dtype)] for v in variables]
+            for group, variables in changing_variables(model).items()
+        },
+    }
+
+
+def differences(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One phrase for each thing that is not the same."""
+    phrases = []
+    for name in {**found, **now}:
+        a, b = found.get(name), now.get(name)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in {**a, **b}:
+                if a.get(key) != b.get(key):
+                    phrases.append(
+                        _difference(f"{name}.{key}", a.get(key), b.get(key))
+                    )
+        else:
+            phrases.append(_difference(name, a, b))
+    return phrases
+
+
+def hash_fixed(model: Any) -> str:
+    """Of the values that training does not change."""
+    return hash_weights(fixed_variables(model))
+
+
+def callback_states(callbacks: Iterable[Any]) -> list[list[Any]]:
+    """(class name, what it counted) of every callback that counts."""
+    states = []
+    for callback in callbacks:
+        name = type(callback).__name__
+        if hasattr(callback, "get_state"):
+            states.append([name, callback.get_state()])
+        elif name in KERAS_CALLBACKS:
+            state = {
+                key: _plain(getattr(callback, key))
+                for key in KERAS_CALLBACKS[name]
+                if hasattr(callback, key)
+            }
+            states.append([name, state])
+    return states
+
+
+def restore_callbacks(
+    callbacks: Iterable[Any], states: list[list[Any]]
+) -> None:
+    """Give callbacks their counts back, by class name and order."""
+    left = list(states)
+    for callback in callbacks:
+        name = type(callback).__name__
+        state = next((s for s in left if s[0] == name), None)
+        if state is None:
+            continue
+        left.remove(state)
+        if hasattr(callback, "set_state"):
+            callback.set_state(state[1])
+        else:
+            for key, value in state[1].items():
+                setattr(callback, key, value)
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    texts = [json.dumps(value) for value in (before, now)]
+    if max(map(len, texts)) > 60:
+        return f"{name} differs"
+    return f"{name} was {texts[0]} and is {texts[1]}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON reads it back."""
+    return json.loads(json.dumps(value, default=_number))
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return np.asarray(value).tolist()
+    return repr(value)

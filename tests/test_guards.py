@@ -1,0 +1,132 @@
+"""Guards: what they say when a run goes wrong, and when."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from conftest import random_pairs, tiny_policy
+
+from keras_dpo import DPOModel, PreferenceDataset
+from keras_dpo.callbacks import (
+    FallingRewardGuard,
+    NaNGuard,
+    ReferenceSync,
+    StuckLossGuard,
+    TrainingBackup,
+)
+
+
+@pytest.fixture(autouse=True)
+def _hear(caplog):
+    caplog.set_level("INFO", "keras_dpo")
+
+
+def model_of(learning_rate=1e-2, policy=None, **options):
+    model = DPOModel(policy or tiny_policy())
+    model.compile(keras.optimizers.SGD(learning_rate, **options))
+    return model
+
+
+def data(pairs, **options):
+    return PreferenceDataset(
+        pairs, batch_size=4, shuffle=False, verbose=False, **options
+    )
+
+
+def fit(model, pairs, guard, epochs=1, callbacks=()):
+    model.fit(
+        data(pairs), epochs=epochs, verbose=0, callbacks=[guard, *callbacks]
+    )
+
+
+def test_divergence_stops_with_rows_and_token_ids(tmp_path):
+    """An infinite update makes the next step's loss infinite."""
+    pairs = random_pairs(16)
+    with pytest.raises(FloatingPointError) as error:
+        fit(model_of(np.inf), pairs, NaNGuard(tmp_path))
+    text = str(error.value)
+    assert "epoch 1, batch 2. Rows " in text
+    assert "diverged at learning rate inf. Lower it, or clip" in text
+    (path,) = tmp_path.glob("nonfinite-step-2.json")
+    saved = json.loads(path.read_text())
+    assert len(saved) == 4
+    for row in saved:
+        assert f" {row['row']}" in text
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            assert row[name] == pairs[row["row"]][name]
+
+
+def test_an_extreme_value_of_the_data_is_named(tmp_path):
+    pairs = random_pairs(8)
+    for pair in pairs:
+        pair["reference_chosen_log_prob"] = -1.0
+        pair["reference_rejected_log_prob"] = -1.0
+    pairs[5]["reference_chosen_log_prob"] = 3e38
+    pairs[5]["reference_rejected_log_prob"] = -3e38
+    model = DPOModel(tiny_policy(), reference="precomputed")
+    model.compile("sgd")
+    with pytest.raises(
+        FloatingPointError, match=r"row 5 has reference_chosen_log_prob = 3e"
+    ):
+        fit(model, pairs, NaNGuard(tmp_path))
+
+
+def test_nan_in_frozen_weights_is_named(tmp_path):
+    policy = tiny_policy()
+    policy.backbone.enable_lora(2)
+    kernel = next(v for v in policy.weights if not v.trainable)
+    kernel.assign(np.full(kernel.shape, np.nan))
+    model = DPOModel(policy)
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="gives NaN"):
+        fit(model, random_pairs(8), NaNGuard(tmp_path))
+
+
+def test_a_backup_never_holds_nan(tmp_path, caplog):
+    with pytest.raises(FloatingPointError):
+        fit(
+            model_of(np.inf),
+            random_pairs(16),
+            NaNGuard(tmp_path),
+            callbacks=[TrainingBackup(tmp_path / "b", every=1)],
+        )
+    steps = [int(p.name) for p in (tmp_path / "b").glob("[0-9]")]
+    assert max(steps, default=0) <= 1
+
+
+def test_a_sound_run_is_left_alone(tmp_path, caplog):
+    guards = [StuckLossGuard(1), FallingRewardGuard(1), NaNGuard(tmp_path)]
+    model_of(1e-2).fit(data(random_pairs(8)), verbose=0, callbacks=guards)
+    assert "Warning" not in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("rate", "the learning rate is 0"),
+        ("tiny", "no trained weight moved"),
+        ("synced", "synced to the policy so often"),
+    ],
+)
+def test_a_stuck_loss_is_explained(case, says, caplog):
+    pairs, callbacks = random_pairs(16), []
+    rate = {"rate": 0.0, "tiny": 1e-12}.get(case, 1e-2)
+    if case == "synced":
+        callbacks = [ReferenceSync(every=1, alpha=1.0)]
+    fit(model_of(rate), pairs, StuckLossGuard(4), callbacks=callbacks)
+    text = caplog.text
+    assert text.count("every reward is still 0 (loss 0.6931)") == 1
+    assert says in text
+
+
+def test_a_falling_chosen_reward_is_explained(caplog):
+    """Gradient ascent on both completions: a rate below zero."""
+    policy = tiny_policy()
+    model = DPOModel(policy)
+    model.compile(keras.optimizers.SGD(3.0), loss="sigmoid")
+    guard = FallingRewardGuard(every=1, threshold=-0.05)
+    fit(model, random_pairs(16), guard, epochs=20)
+    text = caplog.text
+    assert text.count("the chosen completions are less likely") == 1

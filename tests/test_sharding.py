@@ -1,0 +1,175 @@
+"""Where variables go on a mesh, and families on eight devices against one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, tiny_policy
+
+from keras_dpo import DPOConfig, DPOModel
+from keras_dpo.sharding import MeshDistribution, parse_mesh
+
+# In CI; `KERAS_DPO_ALL_FAMILIES=1` for all that run in rows.
+CASES = ["Gemma3, sliding window", "Phi3", "SmolLM3"]
+SCRIPT = """
+import json, sys
+import keras, jax, numpy as np
+import keras_dpo
+from conftest import random_pairs
+from test_log_probs import make
+kind, cases = sys.argv[1], json.loads(sys.argv[2])
+if kind == "mesh":
+    keras_dpo.distribution.set_mesh({"data": 4, "model": 2})
+for case in cases:
+    policy = make(case)
+    model = keras_dpo.DPOModel(policy)
+    model.compile(keras.optimizers.SGD(0.05))
+    data = keras_dpo.PreferenceDataset(
+        random_pairs(16, longest=20), batch_size=8, verbose=False)
+    losses = model.fit(data, epochs=2, verbose=0).history["loss"]
+    split = {str(a) for v in policy.weights
+             for a in (getattr(v.value.sharding, "spec", None) or ()) if a}
+    print("RESULT" + json.dumps(dict(
+        case=case, losses=losses, devices=len(jax.devices()),
+        split=sorted(split),
+        weights=[np.asarray(v.value).ravel().tolist()
+                 for v in policy.trainable_variables])), flush=True)
+"""
+
+
+def run(kind, cases):
+    flags = "--xla_force_host_platform_device_count=8" * (kind == "mesh")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, kind, json.dumps(cases)],
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT")]
+    results = [json.loads(line.removeprefix("RESULT")) for line in lines]
+    return {result["case"]: result for result in results}
+
+
+def test_families_on_a_mesh_equal_one_device():
+    """Losses and trained weights after four steps on data=4, model=2."""
+    cases = CASES
+    if os.environ.get("KERAS_DPO_ALL_FAMILIES"):
+        from test_packed_backbone import CASES as cases
+    expected, found = run("one", cases), run("mesh", cases)
+    for case in cases:
+        one, mesh = expected[case], found[case]
+        assert (one["devices"], mesh["devices"]) == (1, 8)
+        assert mesh["split"] == ["data", "model"], case
+        np.testing.assert_allclose(mesh["losses"], one["losses"], rtol=1e-5)
+        for a, b in zip(mesh["weights"], one["weights"], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=case)
+
+
+class OnEightDevices(MeshDistribution):
+    """The rules alone, for a mesh that this process does not have."""
+
+    def __init__(self, data, model, shard_parameters=True):
+        self.shard_parameters = shard_parameters
+        self.sizes = (data, model)
+
+    @property
+    def device_mesh(self):
+        class Mesh:
+            axis_names = ("data", "model")
+            shape = self.sizes
+
+        return Mesh
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes"),
+    [
+        (
+            "transformer_layer_0/self_attention/query/kernel",
+            (64, 8, 16),
+            ("data", "model", None),
+        ),
+        (
+            "decoder_block_3/attention/query/kernel",
+            (8, 64, 16),
+            ("model", "data", None),
+        ),
+        # One key head cannot be split over two devices.
+        (
+            "decoder_block_3/attention/key/kernel",
+            (1, 64, 16),
+            (None, "data", None),
+        ),
+        (
+            "layer/self_attention/attention_output/kernel",
+            (8, 16, 64),
+            ("model", None, "data"),
+        ),
+        ("layer_1/mlp/down_proj/kernel", (128, 64), ("model", "data")),
+        ("layer_1/feedforward_gate_dense/kernel", (64, 128), ("data", "model")),
+        ("token_embedding/embeddings", (4096, 64), ("model", "data")),
+        ("token_embedding/reverse_embeddings", (64, 4096), ("data", "model")),
+        # 49,155 rows divide by neither: the other axis is split.
+        ("token_embedding/embeddings", (49155, 64), (None, "data")),
+        ("layer_norm/scale", (64,), (None,)),
+        ("odd/kernel", (33, 65), (None, None)),
+    ],
+)
+def test_rules(path, shape, axes):
+    assert OnEightDevices(4, 2).axes_of(path, shape) == axes
+    whole = OnEightDevices(4, 2, shard_parameters=False).axes_of(path, shape)
+    assert whole == tuple(None if a == "data" else a for a in axes)
+
+
+@pytest.mark.parametrize("text", ["data", "data=x", "data=4;model=2", ""])
+def test_a_mesh_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="written data=4,model=2"):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "match"),
+    [
+        ({"data": 3}, "3 devices, and there are 1"),
+        ({"rows": 1}, "has the axes data and model"),
+        ({"data": 0}, "at least 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(mesh, match):
+    with pytest.raises(ValueError, match=match):
+        MeshDistribution(mesh)
+
+
+def test_a_distribution_set_too_late(monkeypatch):
+    policy = tiny_policy()
+
+    class Device:
+        flat = ("a", "b")
+
+    class Distribution:
+        class device_mesh:
+            class backend_mesh:
+                devices = Device
+
+    monkeypatch.setattr(
+        keras.distribution, "distribution", lambda: Distribution
+    )
+    with pytest.raises(ValueError, match="set after the policy was built"):
+        DPOModel(policy)
+
+
+def test_config_refuses_what_has_no_effect():
+    with pytest.raises(ValueError, match="without a mesh"):
+        DPOConfig(shard_parameters=False)
+    with pytest.raises(ValueError, match="written data=4,model=2"):
+        DPOConfig(mesh="4x2")
