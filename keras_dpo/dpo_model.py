@@ -160,7 +160,6 @@ class DPOModel(PreferenceSteps):
         # The policy's dtype policy: loss scaling follows it.
         kwargs.setdefault("dtype", policy.dtype_policy)
         super().__init__(**kwargs)
-        _mark_preprocessor_built(policy)
         self.policy = policy
         self.reference_choice = (
             reference if isinstance(reference, str | None) else "model"
@@ -742,18 +741,6 @@ class _Position(keras.callbacks.Callback):
             ):
                 variable.assign(value)
         restore_callbacks([*self.callbacks, model.history], restored.callbacks)
-
-
-def _mark_preprocessor_built(policy: keras.Model) -> None:
-    """Keras would run a model with an unbuilt layer once, on a batch."""
-    preprocessor = getattr(policy, "preprocessor", None)
-    if preprocessor is None:
-        return
-    if not preprocessor.built:
-        preprocessor.build(None)
-    for layer in preprocessor._flatten_layers(include_self=False):
-        if not layer.built:
-            layer.build(None)
 
 
 def _as_list(callbacks: Any) -> list[keras.callbacks.Callback]:

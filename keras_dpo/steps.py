@@ -277,6 +277,12 @@ class PreferenceSteps(keras.Model):
         # donation saves anyway; a first batch that fails would lose them.
         del kwargs
 
+    def _symbolic_build(self, *args: Any, **kwargs: Any) -> None:
+        # Keras would call the policy on a batch where a layer without
+        # variables is not marked as built (preprocessors, some rotary
+        # embeddings); a `DPOModel` takes built policies only.
+        del args, kwargs
+
 
 def _as_batch(data: Any) -> Batch:
     return data[0] if isinstance(data, tuple | list) else data
