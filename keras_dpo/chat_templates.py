@@ -101,15 +101,13 @@ def render(
     Raises:
         ValueError: The template refuses the messages.
     """
-    import jinja2
-
     try:
         return _compiled(template).render(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
             **{"bos_token": "", "eos_token": "", **special_texts},
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # Whatever a template's own code raises.
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"The chat template refuses these messages ({roles}): {error}"

@@ -14,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import jsonargparse  # noqa: E402
+import yaml  # noqa: E402
 
 from keras_dpo.config import DPOConfig  # noqa: E402
 from keras_dpo.messages import say  # noqa: E402
@@ -35,19 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, runners = _make_parser()
     try:
-        parsed = parser.parse_args(_normal(arguments))
+        arguments = _normal(arguments)
+        _refuse_aliases(arguments)
+        parsed = parser.parse_args(arguments)
         name = parsed["subcommand"]
         options = parsed[name].as_dict()
         options.pop("config", None)
         runners[name](**options)
-    except (*USER_ERRORS, jsonargparse.ArgumentError) as error:
+    except (
+        *USER_ERRORS,
+        jsonargparse.ArgumentError,
+        FloatingPointError,
+        OSError,
+    ) as error:
         if os.environ.get("KERAS_DPO_TRACEBACK"):
             raise
         sys.stderr.write(f"keras-dpo: error: {_one_line(error)}\n")
-        sys.exit(2)
-    except (FloatingPointError, OSError) as error:
-        sys.stderr.write(f"keras-dpo: error: {_one_line(error)}\n")
-        sys.exit(1)
+        mistake = isinstance(error, (*USER_ERRORS, jsonargparse.ArgumentError))
+        sys.exit(2 if mistake else 1)
     except KeyboardInterrupt:
         sys.stderr.write("keras-dpo: interrupted\n")
         sys.exit(130)
@@ -56,6 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _one_line(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     return text or type(error).__name__
+
+
+def _refuse_aliases(arguments: list[str]) -> None:
+    """Raise where a config file refers to itself: a few lines can grow huge."""
+    for flag, path in zip(arguments, arguments[1:], strict=False):
+        if flag != "--config" or not os.path.isfile(path):
+            continue
+        with open(path, errors="replace") as file:
+            try:
+                tokens = list(yaml.scan(file))
+            except yaml.YAMLError:
+                continue  # The parser says what is wrong with it.
+        if any(isinstance(token, yaml.AliasToken) for token in tokens):
+            raise ValueError(
+                f"{path} has YAML aliases (*name), which a config has no use "
+                "for. Write the values out."
+            )
 
 
 def _normal(arguments: list[str]) -> list[str]:
