@@ -1,9 +1,7 @@
 """`DPOModel`: fit, evaluate and predict around one pure loss function."""
 
-import dataclasses
-import functools
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -21,17 +19,13 @@ from keras_dpo.checks import (
     report_start,
     steps_done,
 )
-from keras_dpo.compilation import cache_directory, compiler_options
 from keras_dpo.data.dataset import PreferenceDataset, make_dataset
-from keras_dpo.data.packing import BLOCK, Packing, choose_lengths, round_up
+from keras_dpo.data.packing import BLOCK, Packing, round_up
 from keras_dpo.distribution import (
     check_processes_agree,
     data_parallel_size,
-    distribute_batch,
-    to_host,
 )
 from keras_dpo.execution import check_remat, choose_execution
-from keras_dpo.log_probs import Array
 from keras_dpo.losses import LossLike
 from keras_dpo.memory import (
     MemoryReport,
@@ -41,6 +35,7 @@ from keras_dpo.memory import (
 from keras_dpo.messages import say
 from keras_dpo.metrics import make_metrics
 from keras_dpo.packed_backbone import layer_settings
+from keras_dpo.precompute import drop_reference_model, fill_in_reference
 from keras_dpo.preprocessor import DPOPreprocessor
 from keras_dpo.reference import (
     ModelReference,
@@ -50,17 +45,12 @@ from keras_dpo.reference import (
     SnapshotReference,
 )
 from keras_dpo.reference_store import (
-    ReferenceStore,
     hash_token_ids,
-    hash_weights,
 )
 from keras_dpo.resumable_epochs import resumable_epochs
 from keras_dpo.steps import PreferenceSteps
 from keras_dpo.stopping import StopBetweenSteps
 from keras_dpo.training_state import restore_callbacks
-
-# Tokens of a batch without gradients.
-PRECOMPUTE_TOKENS = 8192
 
 
 @keras.saving.register_keras_serializable(package="keras_dpo")
@@ -374,7 +364,7 @@ class DPOModel(PreferenceSteps):
                 }
             )
         if self.precompute_reference:
-            self._drop_reference_model()
+            drop_reference_model(self)
         if self.remat_choice == "auto" and self._can_remat:
             self.remat = layers_must_be_computed_again(self, train)
         if verbose:
@@ -493,7 +483,7 @@ class DPOModel(PreferenceSteps):
         dataset.check_fits(self, micro_batches)
         if self.precompute_reference and not dataset.has_reference:
             if not isinstance(self.reference, NoReference):
-                self._precompute(dataset)
+                fill_in_reference(self, dataset)
         if not self.execution.in_rows:
             return dataset
         return dataset.packed(self._packing(dataset, micro_batches), epochs)
@@ -526,58 +516,6 @@ class DPOModel(PreferenceSteps):
             sequence_length=round_up(longest, BLOCK) if fused else None,
         )
 
-    def _precompute(self, dataset: PreferenceDataset) -> pathlib.Path:
-        """Fill in reference log-probs: read what is on disk, compute the rest.
-
-        Batches are larger than those of training: nothing is kept for a
-        gradient.
-        """
-        reference = self.reference
-        online = reference if isinstance(reference, ModelReference) else None
-        scored = self.policy if online is None else online.model
-        if self._reference_content is None:
-            self._check_can_precompute()
-            self._reference_content = {
-                "reference weights": hash_weights(scored.variables),
-                "number types": scored.dtype_policy.name,
-            }
-        store = ReferenceStore(
-            self.reference_cache or cache_directory() / "reference",
-            dataset.pairs,
-            self._reference_content,
-            strict=self.reference_cache is not None,
-        )
-        if not store.is_whole and online is None:
-            self._check_can_precompute()
-        trainable = [v.value for v in self.trainable_variables]
-        non_trainable = [v.value for v in self.non_trainable_variables]
-        # JAX keeps the function for a while: it must not keep the reference.
-        of_policy = online is None
-
-        @functools.partial(jax.jit, compiler_options=compiler_options())
-        def run(trainable: Any, non_trainable: Any, batch: Any) -> Array:
-            placeholder = jnp.zeros(batch["completion_ids"].shape, "float32")
-            batch = {**batch, "reference_log_probs": placeholder}
-            policy, stored, *_ = self._forward(
-                trainable, non_trainable, batch, False
-            )
-            found = policy if of_policy else stored
-            return found.log_probs * found.mask
-
-        parts = (
-            [] if store.is_whole else self._precomputed_parts(dataset, store)
-        )
-
-        def compute(n: int) -> Iterator[tuple[int, np.ndarray]]:
-            for indices in parts[n].all_batches():
-                batch = distribute_batch(parts[n].make_batch(indices))
-                values = to_host(run(trainable, non_trainable, batch))
-                yield from zip(indices, values, strict=False)
-
-        store.fill(compute)
-        dataset.use_reference(store)
-        return store.directory
-
     def memory_report(
         self, x: Any, *, batch_size: int | None = None
     ) -> MemoryReport:
@@ -592,22 +530,6 @@ class DPOModel(PreferenceSteps):
             micro_batches = self.gradient_accumulation_steps
             dataset = dataset.packed(self._packing(dataset, micro_batches))
         return memory_report(self, dataset)
-
-    def _drop_reference_model(self) -> None:
-        """Let go of a reference whose log-probs are stored."""
-        if isinstance(self.reference, ModelReference):
-            # Keras (3.15) keeps a layer whose attribute is replaced or
-            # deleted, and a list of all layers of when it was compiled.
-            dropped = {id(x) for x in self.reference._flatten_layers()}
-            self._tracker.untrack(self.reference)
-            self.reference = PrecomputedReference()
-            state: Any = self.__dict__.get("_compiled_trainable_state", {})
-            self._compiled_trainable_state = {
-                layer: trainable
-                for layer, trainable in state.items()
-                if id(layer) not in dropped
-            }
-            self.reference_choice = "precomputed"
 
     def precompute(
         self, x: Any, *, batch_size: int | None = None
@@ -624,35 +546,7 @@ class DPOModel(PreferenceSteps):
             )
         self._ensure_reference()
         dataset = make_dataset(x, self.preprocessor, batch_size, False)
-        return self._precompute(dataset)
-
-    def _check_can_precompute(self) -> None:
-        """Raise where the reference is no longer there to be run."""
-        if isinstance(self.reference, ModelReference) or self._at_step_zero():
-            return
-        raise ValueError(
-            'reference="precomputed" needs reference_chosen_log_prob and '
-            "reference_rejected_log_prob in the data, or a policy that has not "
-            f"been trained. Received: {steps_done(self.optimizer)} steps of "
-            "training, and pairs whose log-probs were not stored. Call "
-            "precompute(pairs) before fit."
-        )
-
-    def _precomputed_parts(
-        self, dataset: PreferenceDataset, store: ReferenceStore
-    ) -> list[PreferenceDataset]:
-        """The store's parts of a dataset, in batches of few shapes."""
-        indices = [store.indices(n) for n in range(store.num_parts)]
-        parts = dataset.parts(indices, PRECOMPUTE_TOKENS)
-        if not self.execution.in_rows:
-            return parts
-        packing = self._packing(dataset, 1)
-        longest = int(packing.pair_lengths(dataset.pairs).max())
-        packing = dataclasses.replace(packing, longest_pair=longest)
-        parts = [part.packed(packing) for part in parts]
-        totals = np.concatenate([part.row_totals() for part in parts])
-        packing = dataclasses.replace(packing, lengths=choose_lengths(totals))
-        return [part.packed(packing) for part in parts]
+        return fill_in_reference(self, dataset)
 
     def _at_step_zero(self) -> bool:
         if getattr(self, "optimizer", None) is None:
