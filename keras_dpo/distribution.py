@@ -60,7 +60,12 @@ def start_processes(method: str = "auto") -> None:
         address, number, index = (os.environ[name] for name in names)
         keras.distribution.initialize(address, int(number), int(index))
     elif method == "auto":
-        keras.distribution.initialize()
+        try:
+            keras.distribution.initialize()
+        except ValueError as error:
+            # JAX found no engine: there is only this process.
+            if "coordinator_address should be defined" not in str(error):
+                raise
     else:
         jax.distributed.initialize(cluster_detection_method=method)
 

@@ -634,7 +634,9 @@ class _Position(keras.callbacks.Callback):
                 model.metrics_variables, restored.metrics, strict=True
             ):
                 variable.assign(value)
-        restore_callbacks([*self.callbacks, model.history], restored.callbacks)
+        # A run that ended has called its callbacks for the last time.
+        callbacks = [] if restored.finished else self.callbacks
+        restore_callbacks([*callbacks, model.history], restored.callbacks)
 
 
 def _as_list(callbacks: Any) -> list[keras.callbacks.Callback]:

@@ -5,9 +5,6 @@ import signal
 import threading
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.callbacks.training_backup import TrainingBackup
 from keras_dpo.messages import say
@@ -36,8 +33,7 @@ class StopBetweenSteps(AfterStep):
     def __enter__(self) -> "StopBetweenSteps":
         if threading.current_thread() is threading.main_thread():
             signals = [signal.SIGINT]
-            # Of several processes, JAX listens, for all must agree on a step.
-            if self.backup is not None and jax.process_count() == 1:
+            if self.backup is not None:
                 signals.append(signal.SIGTERM)
             for number in signals:
                 self._before[number] = signal.signal(number, self._receive)
@@ -59,9 +55,6 @@ class StopBetweenSteps(AfterStep):
         os.write(2, text.encode())
 
     def after_step(self, step: int) -> None:
-        if jax.process_count() > 1 and self.backup is not None:
-            if multihost_utils.reached_preemption_sync_point(step):
-                self._signal = signal.SIGTERM
         if self.backup is None or self.backup.can_save:
             self._stop()
 

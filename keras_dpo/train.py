@@ -384,15 +384,19 @@ def make_callbacks(
     config: DPOConfig, directory: pathlib.Path, steps: int
 ) -> list[keras.callbacks.Callback]:
     """Logging, saving and syncing as the config says."""
-    backup = dpo_callbacks.TrainingBackup(
-        directory / "backups",
-        config.backup_every,
-        config.num_backups,
-        config.resume,
+    backup = (
+        None
+        if jax.process_count() > 1
+        else dpo_callbacks.TrainingBackup(
+            directory / "backups",
+            config.backup_every,
+            config.num_backups,
+            config.resume,
+        )
     )
     metrics = directory / "metrics.jsonl"
     # A run of its own; what an earlier one left is kept beside.
-    if metrics.exists() and not backup.goes_on:
+    if metrics.exists() and not (backup and backup.goes_on):
         os.replace(metrics, directory / "metrics.previous.jsonl")
     every = min(config.log_steps, steps)
     chosen: list[keras.callbacks.Callback] = [
@@ -401,8 +405,11 @@ def make_callbacks(
         dpo_callbacks.NaNGuard(directory),
         dpo_callbacks.StuckLossGuard(),
         dpo_callbacks.FallingRewardGuard(every),
-        backup,
     ]
+    if backup is not None:
+        chosen.append(backup)
+    else:
+        say("Note: no backups are written over several processes yet.")
     if config.sync_ref_model:
         chosen.append(
             dpo_callbacks.ReferenceSync(

@@ -13,6 +13,7 @@ import jax
 import keras
 import numpy as np
 
+from keras_dpo.callbacks.reference_sync import ReferenceSync
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.reference_store import hash_token_ids, hash_weights
 
@@ -65,8 +66,11 @@ def fixed_variables(model: Any) -> list[keras.Variable]:
     return fixed
 
 
-def identity(model: Any, dataset: PreferenceDataset) -> dict[str, Any]:
+def identity(
+    model: Any, dataset: PreferenceDataset, callbacks: Iterable[Any]
+) -> dict[str, Any]:
     """What must be the same when a run goes on, by name."""
+    syncs = [c for c in callbacks if isinstance(c, ReferenceSync)]
     optimizer = keras.saving.serialize_keras_object(model.optimizer)
     loss = keras.saving.serialize_keras_object(model.preference_loss)
     pairs_extras = json.dumps([p.extras for p in dataset.pairs], sort_keys=True)
@@ -85,6 +89,10 @@ def identity(model: Any, dataset: PreferenceDataset) -> dict[str, Any]:
         "optimizer": _plain(optimizer["config"])
         | {"name": optimizer["class_name"]},
         "loss": _plain(loss["config"]) | {"name": loss["class_name"]},
+        "reference": model.reference_choice,
+        "sync": [[sync.every, sync.alpha] for sync in syncs],
+        "disable_dropout": model.disable_dropout,
+        "number types": model.policy.dtype_policy.name,
         "gradient_accumulation_steps": model.gradient_accumulation_steps,
         "variables": {
             group: [[list(v.shape), str(v.dtype)] for v in variables]

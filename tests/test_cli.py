@@ -132,6 +132,7 @@ def test_train_and_evaluate(command, preset, tmp_path):
     assert "Rows: 12 (token ids)" in out
     run = tmp_path / "run"
     assert sorted(p.name for p in run.iterdir()) == [
+        "backups",
         "config.yaml",
         "metrics.jsonl",
         "policy",

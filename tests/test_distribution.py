@@ -116,8 +116,10 @@ def test_meshes_equal_one_device(lora):
         assert any("model" in spec for spec in found["snapshot_sharding"])
 
 
-@pytest.mark.parametrize("lora", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["fsdp", "mesh", "whole"])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [("fsdp", "full"), ("mesh", "full"), ("mesh", "lora"), ("whole", "full")],
+)
 def test_our_meshes_equal_one_device(kind, lora):
     """And hold, fully sharded, an eighth of the bytes on each device."""
     found = run(kind, lora)

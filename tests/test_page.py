@@ -75,6 +75,8 @@ def run(preset, tmp_path):
             "num_sample_prompts": 0,
             "do_last_save": False,
             "log_steps": 1,
+            # Several runs of a test share the directory.
+            "resume": "never",
             **settings,
         }
         return keras_dpo.train(DPOConfig(**settings))

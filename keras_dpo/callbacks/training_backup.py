@@ -12,18 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from keras_dpo import training_state
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.distribution import is_main_process
 from keras_dpo.messages import say
 from keras_dpo.reference_store import write_beside
 from keras_dpo.training_state import Place
 
-# Of several processes that back up by time.
-STEPS_BETWEEN_QUESTIONS = 10
 # Says that the run came to its end.
 FINISHED = "finished.json"
 
@@ -104,6 +100,11 @@ class TrainingBackup(AfterStep):
         Returns:
             What is left to restore, or None for a run that begins.
         """
+        if jax.process_count() > 1:
+            raise ValueError(
+                "TrainingBackup runs in one process for now. Received: "
+                f"{jax.process_count()} processes. Leave it out there."
+            )
         self._dataset, self._epochs = dataset, epochs
         self._callbacks = list(callbacks)
         for callback in self._callbacks:
@@ -209,7 +210,7 @@ class TrainingBackup(AfterStep):
         # A sync made the reference part of the backup.
         model.reference.synced = info["reference_synced"]
         changed = training_state.differences(
-            info["identity"], training_state.identity(model, dataset)
+            info["identity"], self._identity(model)
         )
         if not changed and info["fixed"] != self._hash_fixed(model):
             changed = ["the weights that are not trained differ"]
@@ -261,6 +262,9 @@ class TrainingBackup(AfterStep):
         found = json.loads(path.read_text())
         return found["step"] == step and found["epochs"] >= self._epochs
 
+    def _identity(self, model: Any) -> dict[str, Any]:
+        return training_state.identity(model, self._dataset, self._callbacks)
+
     def _hash_fixed(self, model: Any) -> str:
         synced = model.reference.synced
         if synced not in self._fixed_hashes:
@@ -288,8 +292,7 @@ class TrainingBackup(AfterStep):
         self.save()
         self.close()
         ended = {"step": self._saved_step, "epochs": self._epochs}
-        if is_main_process():
-            write_beside(self.directory / FINISHED, json.dumps(ended).encode())
+        write_beside(self.directory / FINISHED, json.dumps(ended).encode())
 
     def _due(self) -> bool:
         if self.every_steps is not None:
@@ -297,13 +300,7 @@ class TrainingBackup(AfterStep):
             return updates // self.every_steps > (
                 max(self._saved_step, 0) // self.every_steps
             )
-        due = time.monotonic() - self._last_save >= self.every_seconds
-        if jax.process_count() == 1:
-            return due
-        # Clocks differ: the first process decides, and is not asked too often.
-        if self.step % STEPS_BETWEEN_QUESTIONS:
-            return False
-        return bool(multihost_utils.broadcast_one_to_all(np.array(due)))
+        return time.monotonic() - self._last_save >= self.every_seconds
 
     def save(self) -> None:
         """Write a backup now, unless this step has one.
@@ -322,7 +319,7 @@ class TrainingBackup(AfterStep):
             return
         callbacks = [*self._callbacks, model.history]
         info = {
-            "identity": training_state.identity(model, self._dataset),
+            "identity": self._identity(model),
             "fixed": self._hash_fixed(model),
             "reference_synced": model.reference.synced,
             "place": list(self._place),
