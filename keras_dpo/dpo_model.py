@@ -44,9 +44,7 @@ from keras_dpo.reference import (
     Reference,
     SnapshotReference,
 )
-from keras_dpo.reference_store import (
-    hash_token_ids,
-)
+from keras_dpo.reference_store import hash_token_ids
 from keras_dpo.resumable_epochs import resumable_epochs
 from keras_dpo.steps import PreferenceSteps
 from keras_dpo.stopping import StopBetweenSteps

@@ -39,7 +39,7 @@ def changing_variables(model: Any) -> dict[str, list[keras.Variable]]:
     """The variables that training changes, in groups.
 
     Frozen kernels and a reference that nobody synced are left out: they are
-    what the run began with, which `identity` holds to.
+    what the run began with, which a hash holds to.
     """
     fixed = {id(v) for v in fixed_variables(model)}
     return {
@@ -66,7 +66,7 @@ def fixed_variables(model: Any) -> list[keras.Variable]:
     return fixed
 
 
-def identity(
+def settings(
     model: Any, dataset: PreferenceDataset, callbacks: Iterable[Any]
 ) -> dict[str, Any]:
     """What must be the same when a run goes on, by name."""
@@ -94,10 +94,14 @@ def identity(
         "disable_dropout": model.disable_dropout,
         "number types": model.policy.dtype_policy.name,
         "gradient_accumulation_steps": model.gradient_accumulation_steps,
-        "variables": {
-            group: [[list(v.shape), str(v.dtype)] for v in variables]
-            for group, variables in changing_variables(model).items()
-        },
+    }
+
+
+def variable_shapes(model: Any) -> dict[str, Any]:
+    """Shape and type of the variables that change, which must be the same."""
+    return {
+        group: [[list(v.shape), str(v.dtype)] for v in variables]
+        for group, variables in changing_variables(model).items()
     }
 
 

@@ -10,7 +10,20 @@ from keras_dpo.messages import say
 from keras_dpo.reference import SnapshotReference
 
 
-class StuckLossGuard(StepLogger):
+class _SaidOnce(StepLogger):
+    """Base class: what was told is not told again, also after a resume."""
+
+    told = False
+
+    def get_state(self) -> dict[str, Any]:
+        return {**super().get_state(), "told": self.told}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self.told = state["told"]
+
+
+class StuckLossGuard(_SaidOnce):
     """Says why rewards stay at zero, and so the loss where it began.
 
     For the sigmoid loss that is ln 2 = 0.693.
@@ -21,7 +34,6 @@ class StuckLossGuard(StepLogger):
 
     def __init__(self, every: int = 20) -> None:
         super().__init__(every)
-        self.told = False
 
     def write(self, record: dict[str, Any]) -> None:
         # Before the first update every reward is 0.
@@ -36,13 +48,6 @@ class StuckLossGuard(StepLogger):
             f"Warning: after {record['step']} steps every reward is still 0 "
             f"(loss {loss:.4f}): {why_stuck(self.model)}"
         )
-
-    def get_state(self) -> dict[str, Any]:
-        return {**super().get_state(), "told": self.told}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state)
-        self.told = state["told"]
 
 
 def why_stuck(model: Any) -> str:
@@ -78,7 +83,7 @@ def why_stuck(model: Any) -> str:
     return f"look at the learning rate ({rate:.3g}) and at what is trained."
 
 
-class FallingRewardGuard(StepLogger):
+class FallingRewardGuard(_SaidOnce):
     """Warns when the chosen completions become less likely than they were.
 
     Args:
@@ -89,7 +94,6 @@ class FallingRewardGuard(StepLogger):
     def __init__(self, every: int = 50, threshold: float = -1.0) -> None:
         super().__init__(every)
         self.threshold = threshold
-        self.told = False
 
     def write(self, record: dict[str, Any]) -> None:
         reward = record.get("chosen_reward")
@@ -109,10 +113,3 @@ class FallingRewardGuard(StepLogger):
             f"the reference; {says}. Try a lower learning rate, a larger beta, "
             "an sft term (loss_type sigmoid,sft), or dpop."
         )
-
-    def get_state(self) -> dict[str, Any]:
-        return {**super().get_state(), "told": self.told}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        super().set_state(state)
-        self.told = state["told"]

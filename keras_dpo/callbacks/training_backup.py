@@ -114,13 +114,17 @@ class TrainingBackup(AfterStep):
                     "EarlyStopping(restore_best_weights=True). Keep the best "
                     "with keras.callbacks.ModelCheckpoint instead."
                 )
+        # Once: it reads all pairs, and callbacks may change the learning rate.
+        self._settings = training_state.settings(
+            model, dataset, self._callbacks
+        )
         self._saved_step = -1
         self._fixed_hashes: dict[bool, str] = {}
         source = self._find_source()
         self._open()
         restored = None
         if source is not None:
-            restored = self._restore(model, dataset, *source)
+            restored = self._restore(model, *source)
         self._last_save = time.monotonic()
         return restored
 
@@ -182,31 +186,15 @@ class TrainingBackup(AfterStep):
         )
 
     def _restore(
-        self,
-        model: Any,
-        dataset: PreferenceDataset,
-        directory: pathlib.Path,
-        step: int,
+        self, model: Any, directory: pathlib.Path, step: int
     ) -> Restored:
         import orbax.checkpoint as orbax
 
         path = directory / str(step)
-        way_out = (
-            f"Remove {path} to go on from the backup before it, or use "
-            "resume='never' to begin anew."
-        )
         manager = self._manager
         if directory != self.directory:
             manager = orbax.CheckpointManager(directory)
-        try:
-            info = manager.restore(
-                step, args=orbax.args.Composite(info=orbax.args.JsonRestore())
-            )["info"]
-        except Exception as error:
-            raise ValueError(
-                f"The backup {path} cannot be read: {_first_line(error)}. "
-                + way_out
-            ) from error
+        info = _read(manager, step, path, info=orbax.args.JsonRestore())
         # A sync made the reference part of the backup.
         model.reference.synced = info["reference_synced"]
         changed = training_state.differences(
@@ -226,18 +214,9 @@ class TrainingBackup(AfterStep):
             )
             for name, v in _named(model)
         }
-        try:
-            arrays = manager.restore(
-                step,
-                args=orbax.args.Composite(
-                    state=orbax.args.StandardRestore(wanted)
-                ),
-            )["state"]
-        except Exception as error:
-            raise ValueError(
-                f"The backup {path} cannot be read: {_first_line(error)}. "
-                + way_out
-            ) from error
+        arrays = _read(
+            manager, step, path, state=orbax.args.StandardRestore(wanted)
+        )
         metrics = []
         for name, variable in _named(model):
             if name.startswith("metrics"):
@@ -247,7 +226,7 @@ class TrainingBackup(AfterStep):
         place = Place(*info["place"])
         say(
             f"Going on from {path}: epoch {place.epoch + 1}, "
-            f"{place.batch} of {dataset.batches_per_epoch} steps done"
+            f"{place.batch} of {self._dataset.batches_per_epoch} steps done"
         )
         self._saved_step = step if directory == self.directory else -1
         return Restored(
@@ -263,7 +242,8 @@ class TrainingBackup(AfterStep):
         return found["step"] == step and found["epochs"] >= self._epochs
 
     def _identity(self, model: Any) -> dict[str, Any]:
-        return training_state.identity(model, self._dataset, self._callbacks)
+        shapes = training_state.variable_shapes(model)
+        return {**self._settings, "variables": shapes}
 
     def _hash_fixed(self, model: Any) -> str:
         synced = model.reference.synced
@@ -365,6 +345,23 @@ def _said_clearly(step: int, directory: pathlib.Path) -> Iterator[None]:
             f"The backup of step {step} cannot be written to {directory}: "
             f"{_first_line(error)}. The one before is whole: make room, and "
             "start again to go on from it."
+        ) from error
+
+
+def _read(
+    manager: Any, step: int, path: pathlib.Path, **wanted: Any
+) -> dict[str, Any]:
+    """One named item of a backup."""
+    import orbax.checkpoint as orbax
+
+    (name,) = wanted
+    try:
+        return manager.restore(step, args=orbax.args.Composite(**wanted))[name]
+    except Exception as error:
+        raise ValueError(
+            f"The backup {path} cannot be read: {_first_line(error)}. Remove "
+            f"{path} to go on from the backup before it, or use "
+            "resume='never' to begin anew."
         ) from error
 
 
