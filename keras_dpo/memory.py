@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -175,28 +176,44 @@ def _flops(model: Any, tokens: int, scored: int) -> float:
 def layers_must_be_computed_again(
     model: Any, dataset: PreferenceDataset
 ) -> bool:
-    """Whether a step's kept values would not fit the device's memory.
-
-    An estimate: each layer keeps about three times what its kernels give.
-    """
+    """Whether a step's kept values would not fit the device's memory."""
     backbone = getattr(model.policy, "backbone", None)
-    layers = getattr(backbone, "transformer_layers", None)
-    if not layers:
+    if not getattr(backbone, "transformer_layers", None):
         return False
     tokens, _ = _tokens(longest_batch(dataset))
     share = model.gradient_accumulation_steps * data_parallel_size()
-    units = sum(
-        math.prod(variable.shape) / max(variable.shape[0], 1)
-        for layer in layers
-        for variable in layer.variables
-        if len(variable.shape) > 1
-    )
-    width = np.dtype("float32").itemsize
-    if str(model.policy.compute_dtype).endswith("16"):
-        width //= 2
-    kept = 3 * units * tokens / share * width
+    kept = kept_by_layers(model.policy, tokens / share)
     gradients = _size(model.trainable_variables)
     return kept + gradients > 0.8 * free_memory()
+
+
+def kept_by_layers(policy: keras.Model, tokens: float) -> float:
+    """Bytes that decoder layers keep for the backward pass, estimated.
+
+    About three times what their products give: norms, activations and sums
+    come between.
+    """
+    features = sum(
+        _features(part)
+        for layer in policy.backbone.transformer_layers
+        for part in layer._flatten_layers()
+        if getattr(part, "kernel", None) is not None
+    )
+    width = 2 if str(policy.compute_dtype).endswith("16") else 4
+    return 3.0 * features * tokens * width
+
+
+def _features(layer: keras.layers.Layer) -> int:
+    """Numbers that a layer's product gives per token."""
+    shape = layer.kernel.shape
+    if not isinstance(layer, keras.layers.EinsumDense):
+        return shape[-1]
+    _, kernel, output = re.split(",|->", layer.equation)
+    return math.prod(
+        size
+        for letter, size in zip(kernel, shape, strict=True)
+        if letter in output
+    )
 
 
 def free_memory() -> float:

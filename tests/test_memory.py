@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, random_pairs, tiny_policy
 
 from keras_dpo import DPOConfig, DPOModel
-from keras_dpo.memory import extrapolate
+from keras_dpo.memory import extrapolate, kept_by_layers
 from keras_dpo.train import plan
 
 
@@ -47,6 +47,14 @@ def test_layers_computed_again_take_less_memory():
     kept, again = report(layers=8), report(layers=8, remat="layers")
     assert again.temporary < 0.6 * kept.temporary
     assert again.flops > kept.flops
+
+
+def test_estimate_of_what_layers_keep():
+    """Not below the truth and not far above: `remat="auto"` decides by it."""
+    kept, again = report(layers=8), report(layers=8, remat="layers")
+    saved = kept.temporary - again.temporary
+    estimate = kept_by_layers(tiny_policy(layers=8), kept.tokens)
+    assert saved < estimate < 2 * saved
 
 
 def test_stored_reference_and_lora_take_less():
