@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from keras_dpo import losses
+from keras_dpo.outline import variables_without_values
 from keras_dpo.sharding import parse_mesh
 
 # Options that go to the loss, with the value that means "not set".
@@ -204,7 +205,9 @@ class DPOConfig:
             self.reference_model_repo_id = self.refrence_model_repo_id
         self._check_numbers()
         self._check_flags_that_go_together()
-        self.make_loss()
+        # JAX must not begin before the processes of a run have met.
+        with variables_without_values():
+            self.make_loss()
 
     def _check_numbers(self) -> None:
         positive = (

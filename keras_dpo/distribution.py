@@ -1,5 +1,6 @@
 """Device meshes: what `keras.distribution` leaves to the caller."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -29,6 +30,14 @@ def set_mesh(
     distribution = MeshDistribution(sizes, shard_parameters)
     keras.distribution.set_distribution(distribution)
     return distribution
+
+
+def simulate_devices(number: int) -> None:
+    """As many CPU devices; nothing if JAX has begun with its own."""
+    # Too late: what JAX has decides.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", number)
+        jax.config.update("jax_platforms", "cpu")
 
 
 def start_processes(method: str = "auto") -> None:
@@ -73,6 +82,19 @@ def start_processes(method: str = "auto") -> None:
 def is_main_process() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
+
+
+def wait_for_processes(place: str) -> None:
+    """Wait until every process has come to a place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
+def on_any_process(flags: np.ndarray) -> np.ndarray:
+    """Which of some flags is set on at least one process."""
+    if jax.process_count() == 1:
+        return flags
+    return np.any(multihost_utils.process_allgather(flags), axis=0)
 
 
 def to_host(value: Any) -> np.ndarray:
@@ -141,6 +163,17 @@ def distribute_batch(batch: dict[str, Any]) -> dict[str, Any]:
         )
 
     return jax.tree.map(place, batch)
+
+
+def whole_on_devices(arrays: Any) -> Any:
+    """Every device holds them all, so that every process can read them."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return arrays
+    whole = jax.sharding.NamedSharding(
+        distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec()
+    )
+    return jax.lax.with_sharding_constraint(arrays, whole)
 
 
 def over_rows(

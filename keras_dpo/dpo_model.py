@@ -273,7 +273,10 @@ class DPOModel(PreferenceSteps):
         elif choice == "precomputed":
             self.reference = PrecomputedReference()
         elif not isinstance(self.reference, SnapshotReference):
-            if any(value.is_deleted() for value in self._initial_values):
+            if any(
+                isinstance(value, jax.Array) and value.is_deleted()
+                for value in self._initial_values
+            ):
                 raise ValueError(
                     "The policy was trained since DPOModel(policy) was made, "
                     "so its initial weights are gone. Make a new DPOModel."
@@ -459,12 +462,6 @@ class DPOModel(PreferenceSteps):
             reference_rejected_log_prob, chosen_reward, rejected_reward and
             reward_margin, in nats. A pair that the data report dropped is NaN.
         """
-        if jax.process_count() > 1:
-            raise ValueError(
-                "predict runs in one process. Received: "
-                f"{jax.process_count()} processes. Use evaluate, or load the "
-                "policy in one process."
-            )
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
         dataset = self._prepare(dataset)
         outputs = super().predict(dataset, verbose=verbose, callbacks=callbacks)

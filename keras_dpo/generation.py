@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_dpo.chat_templates import Messages
+from keras_dpo.distribution import to_host
 from keras_dpo.preprocessor import DPOPreprocessor
 
 
@@ -65,7 +66,7 @@ def generate_ids(
     finally:
         policy.sampler, policy.generate_function = own
     answers = []
-    rows = np.asarray(outputs["token_ids"])
+    rows = to_host(outputs["token_ids"])
     for ids, prompt in zip(rows, prompt_ids, strict=True):
         answer = ids[len(prompt) : len(prompt) + max_new_tokens].tolist()
         ends = [i for i, token in enumerate(answer) if token in end_ids]

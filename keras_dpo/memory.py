@@ -107,7 +107,7 @@ def memory_report(model: Any, dataset: PreferenceDataset) -> MemoryReport:
         policy=_size(model.policy.variables),
         optimizer=_size(model.optimizer.variables),
         reference=_size(reference),
-        batch=sum(array.nbytes for array in batch.values()),
+        batch=sum(a.nbytes for a in batch.values()) // data_parallel_size(),
         temporary=found.temp_size_in_bytes + max(spare, 0),
         tokens=tokens,
         real_tokens=real,
@@ -134,7 +134,12 @@ def _shapes(variables: Iterable[keras.Variable]) -> list[jax.ShapeDtypeStruct]:
 
 
 def _size(variables: Iterable[keras.Variable]) -> int:
-    return sum(v.value.nbytes for v in variables)
+    """Bytes of them on one device."""
+    return sum(
+        math.prod(v.value.sharding.shard_shape(v.shape))
+        * np.dtype(v.dtype).itemsize
+        for v in variables
+    )
 
 
 def _tokens(batch: dict[str, np.ndarray]) -> tuple[int, int]:

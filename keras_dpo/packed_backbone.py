@@ -8,7 +8,7 @@ duration of a call. `tests/test_packed_backbone.py` tells when upstream changes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_dpo.data.packing import BLOCK
-from keras_dpo.distribution import over_rows
+from keras_dpo.distribution import data_parallel_size, over_rows
 from keras_dpo.flat_products import flat_einsum, flat_matmul
 from keras_dpo.row_attention import (
     Row,
@@ -159,18 +159,37 @@ def _computed_again(layer: Callable[[Array], Array], inputs: Array) -> Array:
 
     @jax.custom_vjp
     def run(inputs: Array, *constants: Array) -> Array:
-        return converted(inputs, *constants)
+        return converted(inputs, *_gathered_after(inputs, constants))
 
     def forward(inputs: Array, *constants: Array) -> tuple[Array, Any]:
-        return converted(inputs, *constants), (inputs, constants)
+        return run(inputs, *constants), (inputs, constants)
 
     def backward(kept: Any, gradient: Array) -> tuple[Array, ...]:
         inputs, constants = kept
         inputs = inputs + 0.0 * gradient.astype(inputs.dtype)
+        constants = _gathered_after(gradient, constants)
         return jax.vjp(converted, inputs, *constants)[1](gradient)
 
     run.defvjp(forward, backward)
     return run(inputs, *constants)
+
+
+def _gathered_after(signal: Array, kernels: Sequence[Array]) -> Sequence[Array]:
+    """Kernels that are gathered for this pass alone.
+
+    Fully sharded kernels would be gathered once for both passes and kept,
+    which keeps a whole copy of the policy. XLA's CPU backend drops barriers
+    and gathers all layers at the start, so there they wait for `signal`.
+    """
+    if data_parallel_size() == 1:
+        return kernels
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier(tuple(kernels))
+    wait = 0.0 * signal.reshape(-1)[0]
+    return [
+        k + wait.astype(k.dtype) if jnp.issubdtype(k.dtype, jnp.floating) else k
+        for k in kernels
+    ]
 
 
 def layer_settings(backbone: keras.Model) -> list[Settings]:

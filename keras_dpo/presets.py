@@ -9,14 +9,22 @@ upstream is mended:
 - saving drops `tie_word_embeddings`, and the tokenizer's special tokens.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import keras
 
+from keras_dpo.distribution import (
+    is_main_process,
+    to_host,
+    wait_for_processes,
+)
 from keras_dpo.lora import policy_config
 from keras_dpo.preprocessor import DPOPreprocessor
 from keras_dpo.tokenizers import LLAMA3_DEFAULT_TOKENS, HuggingFaceTokenizer
@@ -166,7 +174,8 @@ def save_policy(
     """Write a preset that `keras_hub.models.CausalLM.from_preset` loads.
 
     LoRA adapters are merged into it. Written beside and renamed, so that a
-    preset that is there already stays whole until the new one is.
+    preset that is there already stays whole until the new one is. Of several
+    processes the first writes; all must call it.
 
     Args:
         policy: A Keras-Hub CausalLM.
@@ -174,6 +183,33 @@ def save_policy(
         preprocessor: Its Hugging Face tokenizer, if any, is kept too.
     """
     directory = pathlib.Path(directory)
+    with _values_on_host(policy):
+        if is_main_process():
+            _save_whole(policy, directory, preprocessor)
+        wait_for_processes("the policy is saved")
+
+
+@contextlib.contextmanager
+def _values_on_host(policy: keras.Model) -> Iterator[None]:
+    """Gather what lies on the devices of several processes."""
+    if jax.process_count() == 1:
+        yield
+        return
+    kept = [(variable, variable.value) for variable in policy.variables]
+    try:
+        for variable, value in kept:
+            variable._value = to_host(value)
+        yield
+    finally:
+        for variable, value in kept:
+            variable._value = value
+
+
+def _save_whole(
+    policy: keras.Model,
+    directory: pathlib.Path,
+    preprocessor: DPOPreprocessor | None,
+) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = directory.with_name(f"{directory.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)

@@ -78,15 +78,7 @@ class SnapshotReference(Reference):
         self._policy = _Untracked(policy)
         self.split_head = split_head
         self.snapshot = [
-            keras.Variable(
-                # A copy: an alias would be donated twice.
-                jnp.array(value, snapshot_dtype or variable.dtype, copy=True),
-                dtype=snapshot_dtype or variable.dtype,
-                trainable=False,
-                # The policy variable's layout, so a mesh shards both alike.
-                layout=variable._layout,
-                name=f"reference_{variable.name}",
-            )
+            _snapshot(variable, value, snapshot_dtype or variable.dtype)
             for variable, value in zip(
                 policy.trainable_variables, initial_values, strict=True
             )
@@ -121,6 +113,24 @@ class SnapshotReference(Reference):
             own.dtype == variable.dtype
             for own, variable in self.variable_pairs()
         )
+
+
+def _snapshot(
+    variable: keras.Variable, value: Any, dtype: str
+) -> keras.Variable:
+    start: Any = "zeros"  # Of an outline, which has no values.
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        # A copy: an alias would be donated twice.
+        start = jnp.array(value, dtype, copy=True)
+    return keras.Variable(
+        start,
+        shape=value.shape,
+        dtype=dtype,
+        trainable=False,
+        # The policy variable's layout, so a mesh shards both alike.
+        layout=variable._layout,
+        name=f"reference_{variable.name}",
+    )
 
 
 class ModelReference(Reference):

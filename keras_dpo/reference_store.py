@@ -12,10 +12,11 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import keras
 import numpy as np
 
-from keras_dpo.distribution import to_host
+from keras_dpo.distribution import on_any_process, to_host
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import Tokenized
 
@@ -110,8 +111,13 @@ class ReferenceStore:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every part is there."""
-        return all(self._path(n).exists() for n in range(self.num_parts))
+        """Whether every part is there, for every process."""
+        return not self._missing()
+
+    def _missing(self) -> list[int]:
+        """Parts that a process does not find: all must compute together."""
+        there = [self._path(n).exists() for n in range(self.num_parts)]
+        return np.flatnonzero(on_any_process(~np.array(there))).tolist()
 
     def fill(
         self, compute: Callable[[int], Iterable[tuple[int, np.ndarray]]]
@@ -122,9 +128,7 @@ class ReferenceStore:
             compute: From a part's number to the place in the part of each of
                 its pairs, with its log-probs `(2, tokens)`.
         """
-        missing = [
-            n for n in range(self.num_parts) if not self._path(n).exists()
-        ]
+        missing = self._missing()
         if not missing:
             say(f"Reference log-probs: read from {self.directory}")
             return
@@ -181,7 +185,8 @@ class ReferenceStore:
 
 def write_beside(path: pathlib.Path, content: bytes) -> None:
     """Write a file beside its place, and rename it there."""
-    beside = path.with_name(path.name + ".writing")
+    # Processes of one host may write the same.
+    beside = path.with_name(f"{path.name}.writing-{jax.process_index()}")
     with open(beside, "wb") as file:
         file.write(content)
         file.flush()

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_dpo.compilation import steps_with_options
+from keras_dpo.distribution import whole_on_devices
 from keras_dpo.execution import Execution
 from keras_dpo.log_probs import (
     Array,
@@ -258,7 +259,7 @@ class PreferenceSteps(keras.Model):
         if not isinstance(self.reference, NoReference):
             outputs["reference_chosen_log_prob"] = reference.chosen
             outputs["reference_rejected_log_prob"] = reference.rejected
-        return outputs, non_trainable
+        return whole_on_devices(outputs), non_trainable
 
     def make_train_function(self, force: bool = False) -> None:
         with steps_with_options():

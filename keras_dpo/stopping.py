@@ -5,6 +5,9 @@ import signal
 import threading
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.callbacks.training_backup import TrainingBackup
 from keras_dpo.messages import say
@@ -18,7 +21,8 @@ class StopBetweenSteps(AfterStep):
 
     Inside a step its interruption would delete the weights that the step was
     given. Ctrl-C raises `KeyboardInterrupt`, a second one at once; SIGTERM is
-    heeded where there is a backup to write, and ends with exit status 75.
+    heeded where there is a backup to write, and ends with exit status 75. Of
+    several processes one that is told ends all of them that way.
 
     Args:
         backup: Written before the end, if given.
@@ -28,12 +32,22 @@ class StopBetweenSteps(AfterStep):
         super().__init__()
         self.backup = backup
         self._signal: int | None = None
+        self._interrupted: int | None = None
         self._before: dict[int, Any] = {}
+
+    @property
+    def _several(self) -> bool:
+        """Whether processes must agree on the step to end after.
+
+        JAX then waits for SIGTERM itself, and names a step that none of them
+        has passed.
+        """
+        return self.backup is not None and jax.process_count() > 1
 
     def __enter__(self) -> "StopBetweenSteps":
         if threading.current_thread() is threading.main_thread():
             signals = [signal.SIGINT]
-            if self.backup is not None:
+            if self.backup is not None and not self._several:
                 signals.append(signal.SIGTERM)
             for number in signals:
                 self._before[number] = signal.signal(number, self._receive)
@@ -44,9 +58,13 @@ class StopBetweenSteps(AfterStep):
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: Any) -> None:
-        if number == self._signal == signal.SIGINT:
+        if number == self._interrupted == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = number
+        self._interrupted = number
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._signal = number
         again = "; Ctrl-C again: now" if number == signal.SIGINT else ""
         text = (
             f"\n{signal.Signals(number).name}: ending after this step{again}\n"
@@ -55,6 +73,10 @@ class StopBetweenSteps(AfterStep):
         os.write(2, text.encode())
 
     def after_step(self, step: int) -> None:
+        if self._several and multihost_utils.reached_preemption_sync_point(
+            step
+        ):
+            self._signal = signal.SIGTERM
         if self.backup is None or self.backup.can_save:
             self._stop()
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import secrets
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,16 @@ from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.sources import read_rows
-from keras_dpo.distribution import set_mesh, start_processes
+from keras_dpo.distribution import (
+    is_main_process,
+    set_mesh,
+    simulate_devices,
+    start_processes,
+)
 from keras_dpo.dpo_model import DPOModel
 from keras_dpo.memory import MemoryReport, extrapolate
 from keras_dpo.messages import say
+from keras_dpo.outline import variables_without_values
 from keras_dpo.preprocessor import DPOPreprocessor
 from keras_dpo.presets import (
     count_layers,
@@ -29,8 +36,11 @@ from keras_dpo.presets import (
     load_tokenizer,
     save_policy,
 )
+from keras_dpo.redaction import without_secrets
+from keras_dpo.reference_store import write_beside
 from keras_dpo.report import write_report
 from keras_dpo.schedules import WarmupThenDecay
+from keras_dpo.sharding import parse_mesh
 
 
 class TrainingRun(NamedTuple):
@@ -53,13 +63,14 @@ def train(config: DPOConfig) -> TrainingRun:
     require(config, "repo_id", "dataset_name")
     directory = pathlib.Path(config.save_directory) / config.model_name
     directory.mkdir(parents=True, exist_ok=True)
-    write_config(config, directory / "config.yaml")
     for line in config.unread_flags():
         say(f"Note: {line}")
     keras.utils.set_random_seed(config.seed)
     keep_compiled(config.compilation_cache)
     choose_attention(config.attn_mechanism)
     choose_mesh(config)
+    if is_main_process():
+        write_config(config, directory / "config.yaml")
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     training, validation = make_datasets(config, preprocessor)
@@ -92,13 +103,14 @@ def train(config: DPOConfig) -> TrainingRun:
     if config.do_last_save:
         save_policy(policy, directory / "policy", preprocessor)
         say(f"Policy: {directory / 'policy'}")
-    write_report(
-        directory,
-        title=config.model_name,
-        data_lines=training.report.lines(),
-        before=before,
-        after=after,
-    )
+    if is_main_process():
+        write_report(
+            directory,
+            title=config.model_name,
+            data_lines=without_secrets(training.report.lines()),
+            before=before,
+            after=after,
+        )
     say(f"Report: {directory / 'report.html'}")
     return TrainingRun(model, history, directory)
 
@@ -152,12 +164,15 @@ def plan(config: DPOConfig) -> MemoryReport:
     """What a config's training step takes, without the policy's weights.
 
     The step is compiled for a policy of two and of four layers; the rest
-    follows, for a decoder's layers are alike.
+    follows, for a decoder's layers are alike. A mesh is one of simulated CPU
+    devices, unless JAX has begun with others; bytes are of one of them.
 
     Raises:
         ValueError: A setting or the data is wrong.
     """
     require(config, "repo_id")
+    if config.mesh and config.distributed == "none":
+        simulate_devices(math.prod(parse_mesh(config.mesh).values()))
     keep_compiled(config.compilation_cache)
     layers = (2, 4, count_layers(config.repo_id))
     preprocessor = None
@@ -173,15 +188,17 @@ def plan(config: DPOConfig) -> MemoryReport:
         column_map=config.column_map,
         verbose=False,
     )
+    choose_mesh(config)
     reports = []
     for number in layers[:2]:
-        policy = make_policy(config, number)
-        model = make_model(config, policy, preprocessor, number)
-        model.compile(
-            optimizer=make_optimizer(config, total_steps(config, dataset)),
-            loss=config.make_loss(),
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-        )
+        with variables_without_values():
+            policy = make_policy(config, number)
+            model = make_model(config, policy, preprocessor, number)
+            model.compile(
+                optimizer=make_optimizer(config, total_steps(config, dataset)),
+                loss=config.make_loss(),
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+            )
         reports.append(model.memory_report(dataset))
     return extrapolate(reports[0], reports[1], layers)
 
@@ -208,7 +225,9 @@ def write_config(config: DPOConfig, path: pathlib.Path) -> None:
     """Write the config beside its place and rename it there."""
     beside = path.with_suffix(".writing")
     beside.write_text(
-        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        yaml.safe_dump(
+            without_secrets(dataclasses.asdict(config)), sort_keys=False
+        )
     )
     os.replace(beside, path)
 
@@ -384,19 +403,15 @@ def make_callbacks(
     config: DPOConfig, directory: pathlib.Path, steps: int
 ) -> list[keras.callbacks.Callback]:
     """Logging, saving and syncing as the config says."""
-    backup = (
-        None
-        if jax.process_count() > 1
-        else dpo_callbacks.TrainingBackup(
-            directory / "backups",
-            config.backup_every,
-            config.num_backups,
-            config.resume,
-        )
+    backup = dpo_callbacks.TrainingBackup(
+        directory / "backups",
+        config.backup_every,
+        config.num_backups,
+        config.resume,
     )
     metrics = directory / "metrics.jsonl"
     # A run of its own; what an earlier one left is kept beside.
-    if metrics.exists() and not (backup and backup.goes_on):
+    if is_main_process() and metrics.exists() and not backup.goes_on:
         os.replace(metrics, directory / "metrics.previous.jsonl")
     every = min(config.log_steps, steps)
     chosen: list[keras.callbacks.Callback] = [
@@ -405,11 +420,8 @@ def make_callbacks(
         dpo_callbacks.NaNGuard(directory),
         dpo_callbacks.StuckLossGuard(),
         dpo_callbacks.FallingRewardGuard(every),
+        backup,
     ]
-    if backup is not None:
-        chosen.append(backup)
-    else:
-        say("Note: no backups are written over several processes yet.")
     if config.sync_ref_model:
         chosen.append(
             dpo_callbacks.ReferenceSync(
@@ -430,9 +442,21 @@ def make_callbacks(
                 dataclasses.asdict(config),
                 every,
                 str(directory),
+                wandb_run_id(directory, backup.goes_on),
             )
         )
     return chosen
+
+
+def wandb_run_id(directory: pathlib.Path, goes_on: bool) -> str:
+    """The run's id at W&B, kept beside it, so that a resumed run goes on."""
+    path = directory / "wandb_run_id"
+    if goes_on and path.exists():
+        return path.read_text()
+    name = secrets.token_hex(4)
+    if is_main_process():
+        write_beside(path, name.encode())
+    return name
 
 
 class StopAfter(keras.callbacks.Callback):

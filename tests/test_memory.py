@@ -89,6 +89,50 @@ def test_plan_needs_no_weights(smollm2, tmp_path):
     assert found.real_tokens == 2 * (64 + 2 * 64)
 
 
+MESH_PLAN = """
+import sys
+from keras_dpo import DPOConfig
+from keras_dpo.losses import LOSSES
+from keras_dpo.train import plan
+for name in sorted(set(LOSSES) - {"sft"}):
+    DPOConfig(loss_type=name + ",sft")
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+report = plan(DPOConfig(repo_id=sys.argv[1], mesh=sys.argv[2] or None,
+    total_batch_size=8, max_length=128, max_prompt_length=64, lora_rank=2))
+import jax
+print("FOUND", len(jax.devices()), report.policy, report.optimizer,
+    report.reference, report.temporary, report.peak)
+"""
+
+
+def test_plan_of_a_mesh_that_is_not_there(smollm2, tmp_path):
+    """Bytes of one of eight simulated devices; nothing is held, or begun.
+
+    A configuration alone starts no JAX, or processes could not meet.
+    """
+    (tmp_path / "config.json").write_text((smollm2 / "config.json").read_text())
+
+    def found(mesh):
+        done = subprocess.run(
+            [sys.executable, "-c", MESH_PLAN, tmp_path, mesh],
+            env={**os.environ, "KERAS_BACKEND": "jax"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        line = next(x for x in done.stdout.splitlines() if "FOUND" in x)
+        return [int(x) for x in line.split()[1:]]
+
+    one, eight = found(""), found("data=4,model=2")
+    assert (one[0], eight[0]) == (1, 8)
+    # The nine heads do not divide by two: they lie over four devices.
+    assert one[1] / 8 < eight[1] < one[1] / 6
+    temporary = [found[4] for found in (one, eight)]
+    assert temporary[1] < 0.6 * temporary[0]
+
+
 SECOND_START = """
 import sys, logging
 sys.path[:0] = [{root!r}, {tests!r}]

@@ -3,20 +3,24 @@
 import concurrent.futures
 import json
 import os
+import signal
 import socket
 import sys
-from subprocess import PIPE, Popen
+from subprocess import PIPE, Popen, TimeoutExpired
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 
+from keras_dpo.callbacks import training_backup
 from keras_dpo.distribution import start_processes
 
 SCRIPT = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 import keras_dpo
 mesh, directory, epochs = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
+every, pause = sys.argv[4], float(sys.argv[5])
 if mesh != "one":
     keras_dpo.distribution.start_processes()
     keras_dpo.distribution.set_mesh(mesh)
@@ -33,35 +37,48 @@ model = keras_dpo.DPOModel(policy)
 model.compile(keras.optimizers.SGD(0.1), gradient_accumulation_steps=2)
 data = keras_dpo.PreferenceDataset(
     random_pairs(44), batch_size=16, verbose=False)
-callbacks = [
+class Tell(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        print("step", batch, flush=True)
+        time.sleep(pause)
+history = model.fit(data, epochs=int(epochs), verbose=0, callbacks=[
     keras_dpo.callbacks.MetricsFile(directory / "metrics.jsonl", every=1),
-    keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5)]
-if jax.process_count() == 1:
-    callbacks.append(keras_dpo.callbacks.TrainingBackup(
-        directory / "backups", every=2))
-history = model.fit(
-    data, epochs=int(epochs), verbose=0, callbacks=callbacks).history
+    keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5), Tell(),
+    keras_dpo.callbacks.TrainingBackup(directory / "backups", every=every)]
+).history
+keras_dpo.save_policy(policy, directory / "policy")
+saved = keras_hub.models.Llama3CausalLM.from_preset(str(directory / "policy"))
+rewards = model.predict(data, verbose=0)["reward_margin"]
+stored = keras_dpo.DPOModel(policy, "precomputed",
+    reference_cache=str(directory / f"reference-{epochs}"))
+stored.compile()
 print("RESULT" + json.dumps(dict(
     processes=jax.process_count(), devices=len(jax.devices()),
-    losses=history["loss"],
+    losses=history["loss"], rewards=np.asarray(rewards).tolist(),
     evaluated=model.evaluate(data, verbose=0, return_dict=True)["loss"],
+    stored=stored.evaluate(data, verbose=0, return_dict=True)["loss"],
+    saved=[to_host(v.value).ravel().tolist() for v in saved.weights],
     weights=[to_host(v.value).ravel().tolist() for v in policy.weights])))
 """
 
 
-def run(mesh, directory, processes=1, epochs=2):
-    """Every process's result."""
+def start(mesh, directory, processes=1, epochs=2, every=2, pause=0.0):
     directory.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     count = 8 // processes if mesh != "one" else 1
+    options = map(str, (mesh, directory, epochs, every, pause))
+    command = [sys.executable, "-c", SCRIPT, *options]
     started = []
     for index in range(processes):
         environment = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            # Or programs in flight starve each other's collectives of the
+            # threads of two cores.
+            "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
         }
         if processes > 1:
             environment |= {
@@ -70,20 +87,35 @@ def run(mesh, directory, processes=1, epochs=2):
                 "JAX_PROCESS_ID": str(index),
             }
         started.append(
-            Popen(
-                [sys.executable, "-c", SCRIPT, mesh, directory, str(epochs)],
-                env=environment,
-                stdout=PIPE,
-                stderr=PIPE,
-                text=True,
-            )
+            Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True)
         )
-    results = []
+    return started
+
+
+def outputs(started):
+    """(status, output, errors) of each."""
+
+    def read(process):
+        try:
+            return process.communicate(timeout=300)
+        except TimeoutExpired:
+            process.kill()
+            return process.communicate()
+
     # At once: a process whose output nobody reads keeps the others waiting.
     with concurrent.futures.ThreadPoolExecutor() as readers:
-        outputs = list(readers.map(Popen.communicate, started))
-    for process, (out, err) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, err[-3000:]
+        texts = list(readers.map(read, started))
+    return [
+        (process.returncode, *text)
+        for process, text in zip(started, texts, strict=True)
+    ]
+
+
+def run(*arguments, **options):
+    """Every process's result."""
+    results = []
+    for status, out, err in outputs(start(*arguments, **options)):
+        assert status == 0, err[-3000:]
         line = next(x for x in out.splitlines() if x.startswith("RESULT"))
         results.append(json.loads(line.removeprefix("RESULT")))
     return results
@@ -106,6 +138,12 @@ def test_processes_equal_one(tmp_path):
         )
         for a, b in zip(result["weights"], expected["weights"], strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+        assert result["saved"] == result["weights"]
+        np.testing.assert_allclose(
+            result["rewards"], expected["rewards"], atol=1e-5
+        )
+        # The policy against itself.
+        assert result["stored"] == pytest.approx(np.log(2), rel=1e-5)
     # The first alone writes.
     one, many = (
         (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -125,6 +163,44 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     )
     for a, b in zip(found["weights"], expected["weights"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_one_is_told_to_end_and_all_go_on_with_the_same_bits(tmp_path):
+    """SIGTERM to the second alone: both end with 75 after the same step."""
+    expected = run("data=4,model=2", tmp_path / "whole", 2, every=100)
+    started = start(
+        "data=4,model=2", tmp_path / "told", 2, every=100, pause=0.5
+    )
+    assert started[1].stdout.readline().startswith("step")
+    started[1].send_signal(signal.SIGTERM)
+    for status, _, err in outputs(started):
+        assert status == 75, err[-3000:]
+    found = run("data=4,model=2", tmp_path / "told", 2, every=100)
+    assert found == expected
+
+
+def test_a_directory_that_hosts_do_not_share(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        training_backup, "wait_for_processes", lambda place: None
+    )
+    with pytest.raises(ValueError, match="Only 1 of 2 processes"):
+        training_backup.TrainingBackup(tmp_path)._open()
+
+
+def test_a_time_becomes_steps(monkeypatch, tmp_path):
+    """By the first process's pace; the step that compiles is left out."""
+    seconds = iter(10.0 * i for i in range(100))
+    monkeypatch.setattr(
+        training_backup.time, "monotonic", lambda: next(seconds)
+    )
+    backup = training_backup.TrainingBackup(tmp_path, every="2 minutes")
+    backup._begun_at, backup.steps_per_update = None, 1
+    for step in range(1, 13):
+        backup.step = step
+        if backup.every_steps is None:
+            backup._agree_on_steps()
+    assert backup.every_steps == 12
 
 
 def test_incomplete_variables_are_named(monkeypatch):

@@ -12,16 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from keras_dpo import training_state
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.distribution import is_main_process, wait_for_processes
 from keras_dpo.messages import say
 from keras_dpo.reference_store import write_beside
 from keras_dpo.training_state import Place
 
 # Says that the run came to its end.
 FINISHED = "finished.json"
+# Steps that processes measure before they agree on an interval.
+PACE_STEPS = 10
 
 
 class Restored(NamedTuple):
@@ -44,9 +48,10 @@ class TrainingBackup(AfterStep):
     status 75; Ctrl-C writes one more, too.
 
     Args:
-        directory: Where backups lie, one directory `N` for optimizer step N.
+        directory: Where backups lie, one directory `N` for optimizer step N;
+            for several processes one that all of them see.
         every: Optimizer steps between backups, or a time such as
-            `"10 minutes"`.
+            `"10 minutes"`; several processes make steps of it by their pace.
         keep: How many are kept.
         resume: `"auto"` goes on from the newest backup, if there is one;
             `"never"` begins anew and moves what is there aside; a path goes on
@@ -100,11 +105,6 @@ class TrainingBackup(AfterStep):
         Returns:
             What is left to restore, or None for a run that begins.
         """
-        if jax.process_count() > 1:
-            raise ValueError(
-                "TrainingBackup runs in one process for now. Received: "
-                f"{jax.process_count()} processes. Leave it out there."
-            )
         self._dataset, self._epochs = dataset, epochs
         self._callbacks = list(callbacks)
         for callback in self._callbacks:
@@ -120,12 +120,15 @@ class TrainingBackup(AfterStep):
         )
         self._saved_step = -1
         self._fixed_hashes: dict[bool, str] = {}
-        source = self._find_source()
+        if is_main_process() and self.resume == "never":
+            self._move_aside()
         self._open()
+        source = self._find_source()
         restored = None
         if source is not None:
             restored = self._restore(model, *source)
         self._last_save = time.monotonic()
+        self._begun_at: tuple[int, float] | None = None
         return restored
 
     @property
@@ -138,7 +141,6 @@ class TrainingBackup(AfterStep):
     def _find_source(self) -> tuple[pathlib.Path, int] | None:
         """Directory and step of the backup to go on from."""
         if self.resume == "never":
-            self._move_aside()
             return None
         if self.resume == "auto":
             steps = _steps(self.directory)
@@ -166,16 +168,25 @@ class TrainingBackup(AfterStep):
     def _open(self) -> None:
         import orbax.checkpoint as orbax
 
+        probe = self.directory / f".writable-{jax.process_index()}"
         try:
+            wait_for_processes("earlier backups are aside")
             self.directory.mkdir(parents=True, exist_ok=True)
-            probe = self.directory / f".writable-{os.getpid()}"
             probe.write_bytes(b"")
+            wait_for_processes("the directory is there")
+            shared = len(list(self.directory.glob(".writable-*")))
+            wait_for_processes("the directory is seen")
             probe.unlink()
         except OSError as error:
             raise ValueError(
                 f"Backups cannot be written to {self.directory}: "
                 f"{error.strerror}. Choose another directory."
             ) from error
+        if shared < jax.process_count():
+            raise ValueError(
+                f"Only {shared} of {jax.process_count()} processes write to "
+                f"{self.directory}. Choose a directory that all hosts share."
+            )
         self._manager = orbax.CheckpointManager(
             self.directory,
             options=orbax.CheckpointManagerOptions(
@@ -272,15 +283,36 @@ class TrainingBackup(AfterStep):
         self.save()
         self.close()
         ended = {"step": self._saved_step, "epochs": self._epochs}
-        write_beside(self.directory / FINISHED, json.dumps(ended).encode())
+        if is_main_process():
+            path = self.directory / FINISHED
+            write_beside(path, json.dumps(ended).encode())
 
     def _due(self) -> bool:
+        if jax.process_count() > 1 and self.every_steps is None:
+            self._agree_on_steps()
         if self.every_steps is not None:
             updates = self.step // self.steps_per_update
             return updates // self.every_steps > (
                 max(self._saved_step, 0) // self.every_steps
             )
         return time.monotonic() - self._last_save >= self.every_seconds
+
+    def _agree_on_steps(self) -> None:
+        """Turn the time into steps: clocks of processes differ.
+
+        Once, from what the first process has measured.
+        """
+        begun = self._begun_at
+        if begun is None:
+            # The first step compiles.
+            self._begun_at = self.step, time.monotonic()
+            return
+        steps, seconds = self.step - begun[0], time.monotonic() - begun[1]
+        if steps < PACE_STEPS:
+            return
+        updates = self.every_seconds / (seconds / steps) / self.steps_per_update
+        number = np.asarray(max(1, round(updates)))
+        self.every_steps = int(multihost_utils.broadcast_one_to_all(number))
 
     def save(self) -> None:
         """Write a backup now, unless this step has one.

@@ -3,6 +3,8 @@
 from typing import Any
 
 from keras_dpo.callbacks.step_logger import StepLogger
+from keras_dpo.distribution import is_main_process
+from keras_dpo.redaction import without_secrets
 
 
 class WandbLogger(StepLogger):
@@ -16,6 +18,7 @@ class WandbLogger(StepLogger):
         config: Settings to show beside the run.
         every: Optimizer steps between records.
         directory: Where offline runs are written.
+        run_id: The run to go on with, if W&B has it.
     """
 
     def __init__(
@@ -25,12 +28,19 @@ class WandbLogger(StepLogger):
         config: dict[str, Any] | None = None,
         every: int = 50,
         directory: str | None = None,
+        run_id: str | None = None,
     ) -> None:
         super().__init__(every)
         import wandb
 
         self.run = wandb.init(
-            project=project, name=name, config=config, dir=directory
+            project=project,
+            name=name,
+            config=without_secrets(config),
+            dir=directory,
+            id=run_id,
+            resume="allow" if run_id else None,
+            mode=None if is_main_process() else "disabled",
         )
 
     def write(self, record: dict[str, Any]) -> None:

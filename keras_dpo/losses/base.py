@@ -253,7 +253,11 @@ def _check_options(loss: PreferenceLoss) -> None:
         value = options["label_smoothing"]
         check("label_smoothing", 0 <= value < below, f"in [0, {below})")
     if "f_divergence" in options:
-        divergence_score(jnp.zeros(()), options["f_divergence"])
+        # Raises on a name it does not know; runs nothing.
+        jax.eval_shape(
+            lambda x: divergence_score(x, options["f_divergence"]),
+            jax.ShapeDtypeStruct((), "float32"),
+        )
         unread = (
             options["f_divergence"] != "alpha" and options["f_alpha"] != 0.5
         )

@@ -92,7 +92,11 @@ class _RunningMean:
 
     def make_mean(self) -> keras.Variable:
         return keras.Variable(
-            0.0, dtype="float32", trainable=False, name="running_mean"
+            "zeros",
+            shape=(),
+            dtype="float32",
+            trainable=False,
+            name="running_mean",
         )
 
     def move_mean(

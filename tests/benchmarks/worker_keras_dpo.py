@@ -11,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras_dpo  # isort: skip
 import keras
+import keras_hub
 
 
 class Timer(keras.callbacks.Callback):
@@ -50,10 +51,20 @@ SETTINGS = {
 }
 
 
+def load(path):
+    """Of a shape with random weights there is no tokenizer of its own."""
+    config = json.load(open(os.path.join(path, "config.json")))
+    if config["model_type"] == "llama":
+        return keras_dpo.load_policy(path)
+    backbone = keras_hub.models.Backbone.from_preset(path)
+    task = type(backbone).__name__.replace("Backbone", "CausalLM")
+    return getattr(keras_hub.models, task)(backbone=backbone, preprocessor=None)
+
+
 def main():
     job = json.loads(sys.argv[1])
     records = json.load(open(job["records"]))
-    policy = keras_dpo.load_policy(job["model"])
+    policy = load(job["model"])
     if job["lora_rank"]:
         policy.backbone.enable_lora(job["lora_rank"])
     model = keras_dpo.DPOModel(

@@ -1,0 +1,42 @@
+"""Models without values: what is planned before its weights are there."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+
+@contextlib.contextmanager
+def variables_without_values() -> Iterator[None]:
+    """Variables made here have a shape, a type and a layout, and no memory.
+
+    Keras (3.15) knows variables whose value is still to come. The value of
+    these is a `jax.ShapeDtypeStruct`; zeros while a function is traced.
+    """
+    variable_class: Any = keras.src.backend.jax.core.JaxVariable
+    original = variable_class._initialize_with_initializer
+
+    def without_value(self: Any, initializer: Any) -> None:
+        del initializer
+        self._initialize_layout()
+        layout = getattr(self._layout, "backend_layout", self._layout)
+
+        def placeholder(shape: tuple[int, ...], dtype: str) -> Any:
+            if jax.core.trace_ctx.is_top_level():
+                sharding = layout or jax.sharding.SingleDeviceSharding(
+                    jax.devices()[0]
+                )
+                return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            return jnp.zeros(shape, dtype)
+
+        self._value = None
+        self._initializer = placeholder
+
+    variable_class._initialize_with_initializer = without_value
+    try:
+        yield
+    finally:
+        variable_class._initialize_with_initializer = original

@@ -1,0 +1,160 @@
+"""Where a training step's time goes, and how near it is to its products.
+
+    python tests/benchmarks/profile_step.py --model DIR [--remat layers]
+
+Reads XLA's own trace of some steps, sorts its events by what they compute, and
+times the same matrix products alone, in the same process and in turn with the
+steps: the limit of this work on this machine.
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import os
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras_dpo  # isort: skip
+import jax
+import keras
+import numpy as np
+
+from keras_dpo.compilation import compiler_options
+from keras_dpo.memory import longest_batch
+from keras_dpo.presets import load_tokenizer
+
+
+def time_products(model, tokens, scored):
+    """Seconds of a step's products alone, each shape on its own."""
+    passes = collections.Counter()
+    embedding = model.policy.backbone.token_embedding
+    for layer in model.policy.backbone.transformer_layers:
+        for part in layer._flatten_layers():
+            kernel = getattr(part, "kernel", None)
+            if kernel is None:
+                continue
+            width = model.policy.backbone.hidden_dim
+            other = int(np.prod(kernel.shape)) // width
+            passes[tokens, width, other] += 3
+    passes[scored, embedding.output_dim, embedding.input_dim] += 4
+    total = 0.0
+    work = 0.0
+    for (rows, inner, outer), count in passes.items():
+        left = np.ones((rows, inner), "float32")
+        right = np.ones((inner, outer), "float32")
+        product = jax.jit(
+            lambda a, b: (a @ b).sum(), compiler_options=compiler_options()
+        )
+        left, right = jax.device_put((left, right))
+        float(product(left, right))
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            float(product(left, right))
+            seconds.append(time.perf_counter() - start)
+        total += count * statistics.median(seconds)
+        work += count * 2.0 * rows * inner * outer
+    return total, work
+
+
+KINDS = (
+    ("attention", r"attend_in_blocks|while"),
+    ("head", r"token_statistics|vocabulary|_head"),
+    ("optimizer", r"adam|optimizer|apply_gradients"),
+)
+
+
+def sort_events(directory, text):
+    """Seconds by kind, from a trace and the compiled program's text."""
+    names = {}
+    for name, rest in re.findall(r"%?([\w.\-]+) = (.*)", text):
+        found = re.search(r'op_name="([^"]*)"', rest)
+        names[name] = found[1] if found else ""
+    seconds = collections.Counter()
+    for path in pathlib.Path(directory).rglob("*.trace.json.gz"):
+        events = json.loads(gzip.open(path).read())["traceEvents"]
+        for event in events:
+            if event.get("ph") == "X" and event["name"] in names:
+                seconds[event["name"], names[event["name"]]] += (
+                    event["dur"] / 1e6
+                )
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", default="../shared/data/dpo_en_demo.json")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--remat", nargs="+", default=["none", "layers"])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    data = keras_dpo.PreferenceDataset(
+        args.data,
+        keras_dpo.DPOPreprocessor(
+            load_tokenizer(args.model), args.max_length, args.max_length // 2
+        ),
+        args.pairs,
+        split=f"train[:{3 * args.pairs}]",
+        verbose=False,
+    )
+    models = {}
+    for remat in args.remat:
+        model = keras_dpo.DPOModel(
+            keras_dpo.load_policy(args.model),
+            preprocessor=None,
+            reference=None,
+            remat=remat,
+        )
+        model.compile(keras.optimizers.AdamW(1e-6), loss="simpo")
+        model.fit(data, verbose=0)
+        models[remat] = model
+    batch = longest_batch(model._prepare(data, epochs=1))
+    tokens, scored = batch["row_ids"].size, int(batch["completion_mask"].sum())
+    times = collections.defaultdict(list)
+    for _ in range(args.rounds):
+        for remat, model in models.items():
+            start = time.perf_counter()
+            model.fit(data, verbose=0)
+            times[remat].append((time.perf_counter() - start) / 3)
+        seconds, work = time_products(model, tokens, scored)
+        times["products"].append(seconds)
+    print(f"{tokens} tokens, {scored} scored; products {work / 1e12:.2f} TFLOP")
+    for name, values in times.items():
+        print(name, [round(v, 2) for v in values])
+    for remat, model in models.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            jax.profiler.start_trace(scratch)
+            model.fit(data, verbose=0)
+            jax.profiler.stop_trace()
+            state = [
+                [v.value for v in group]
+                for group in (
+                    model.trainable_variables,
+                    model.non_trainable_variables,
+                    model.optimizer.variables,
+                    model.metrics_variables,
+                )
+            ]
+            step = jax.jit(
+                model.train_step,
+                donate_argnums=0,
+                compiler_options=compiler_options(),
+            )
+            text = step.lower(tuple(state), batch).compile().as_text()
+            found = sort_events(scratch, text)
+        print(remat, sum(found.values()))
+        for (name, where), value in found.most_common(40):
+            print(f"  {value:7.3f} {name} {where[-110:]}")
+
+
+if __name__ == "__main__":
+    main()
