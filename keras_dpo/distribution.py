@@ -176,6 +176,22 @@ def whole_on_devices(arrays: Any) -> Any:
     return jax.lax.with_sharding_constraint(arrays, whole)
 
 
+def rows_on_devices(array: Any) -> Any:
+    """An array whose rows lie where the batch's do."""
+    size = data_parallel_size()
+    if size == 1 or array.shape[0] % size:
+        return array
+    distribution = keras.distribution.distribution()
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    rows = jax.sharding.PartitionSpec(
+        distribution.batch_dim_name, *[free] * (array.ndim - 1)
+    )
+    return jax.lax.with_sharding_constraint(
+        array,
+        jax.sharding.NamedSharding(distribution.device_mesh.backend_mesh, rows),
+    )
+
+
 def over_rows(
     function: Callable[..., Any], num_shared: int = 0
 ) -> Callable[..., Any]:

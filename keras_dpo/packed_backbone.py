@@ -14,9 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+from keras.src.models import functional
 
 from keras_dpo.data.packing import BLOCK
-from keras_dpo.distribution import data_parallel_size, over_rows
+from keras_dpo.distribution import (
+    data_parallel_size,
+    over_rows,
+    rows_on_devices,
+)
 from keras_dpo.flat_products import flat_einsum, flat_matmul
 from keras_dpo.row_attention import (
     Row,
@@ -128,18 +133,21 @@ def run_layers(
         remat: Whether each decoder layer is a `jax.checkpoint`. (Keras' own
             `keras.remat` crashes around these layers, Keras 3.15.)
     """
-    if not remat:
+    if not remat and data_parallel_size() == 1:
         return backbone(inputs, training=training)
     layers = {id(layer) for layer in backbone.transformer_layers}
 
     def operation(layer: Any) -> Any:
+        run = functional.operation_fn(layer, training=training)
         if id(layer) not in layers:
-            return layer
+            return run
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return _computed_again(
-                lambda x: layer(x, *args[1:], **kwargs), args[0]
-            )
+        def call(hidden: Array, *args: Any, **kwargs: Any) -> Array:
+            # Or a mesh spreads states by features, as some kernels lie.
+            hidden = rows_on_devices(hidden)
+            if not remat:
+                return run(hidden, *args, **kwargs)
+            return _computed_again(lambda x: run(x, *args, **kwargs), hidden)
 
         return call
 

@@ -124,7 +124,9 @@ class MeshDistribution(keras.distribution.ModelParallel):
                 if axes[i] is None and length % sizes[DATA] == 0
             ]
             if free and math.prod(shape) >= LEAST_SPLIT:
-                axes[max(free, key=lambda i: shape[i])] = DATA
+                # Rather not the vocabulary: every device would look up the
+                # tokens of all, in its part.
+                axes[max(free, key=lambda i: (i != axis, shape[i]))] = DATA
         return tuple(axes)
 
 

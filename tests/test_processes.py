@@ -16,6 +16,9 @@ from conftest import ROOT
 from keras_dpo.callbacks import training_backup
 from keras_dpo.distribution import start_processes
 
+# One worker, which then runs each script once.
+pytestmark = pytest.mark.xdist_group("processes")
+
 SCRIPT = """
 import json, pathlib, sys, time
 import keras_dpo
@@ -76,9 +79,9 @@ def start(mesh, directory, processes=1, epochs=2, every=2, pause=0.0):
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-            # Or programs in flight starve each other's collectives of the
-            # threads of two cores.
-            "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+            # XLA's threads: as many as devices that wait for each other, or
+            # on few cores they wait forever.
+            "NPROC": "16",
         }
         if processes > 1:
             environment |= {
@@ -121,62 +124,74 @@ def run(*arguments, **options):
     return results
 
 
-def test_processes_equal_one(tmp_path):
-    """By hand: KERAS_DPO_PROCESSES=4, KERAS_DPO_MESH=data=8."""
-    number = int(os.environ.get("KERAS_DPO_PROCESSES", 2))
-    mesh = os.environ.get("KERAS_DPO_MESH", "data=4,model=2")
-    (expected,) = run("one", tmp_path / "one")
-    found = run(mesh, tmp_path / "many", number)
-    assert len(found) == number
-    for result in found:
-        assert (result["processes"], result["devices"]) == (number, 8)
-        np.testing.assert_allclose(
-            result["losses"], expected["losses"], rtol=1e-5
-        )
-        assert result["evaluated"] == pytest.approx(
-            expected["evaluated"], rel=1e-5
-        )
-        for a, b in zip(result["weights"], expected["weights"], strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+# By hand: KERAS_DPO_PROCESSES=4, KERAS_DPO_MESH=data=8.
+PROCESSES = int(os.environ.get("KERAS_DPO_PROCESSES", 2))
+MESH = os.environ.get("KERAS_DPO_MESH", "data=4,model=2")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def one(root):
+    """The result of one process with one device."""
+    (result,) = run("one", root / "one")
+    return result
+
+
+@pytest.fixture(scope="module")
+def many(root):
+    """The results of several processes, eight devices in all."""
+    return run(MESH, root / "many", PROCESSES)
+
+
+def check_weights(found, expected, tolerance):
+    for a, b in zip(found["weights"], expected["weights"], strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+def test_processes_equal_one(root, one, many):
+    """Losses, weights after a sync, evaluate, predict, saving, precompute."""
+    assert len(many) == PROCESSES
+    for result in many:
+        assert (result["processes"], result["devices"]) == (PROCESSES, 8)
+        for name in ("losses", "rewards", "evaluated"):
+            np.testing.assert_allclose(
+                result[name], one[name], rtol=1e-5, atol=1e-5
+            )
+        check_weights(result, one, 1e-5)
         assert result["saved"] == result["weights"]
-        np.testing.assert_allclose(
-            result["rewards"], expected["rewards"], atol=1e-5
-        )
         # The policy against itself.
         assert result["stored"] == pytest.approx(np.log(2), rel=1e-5)
     # The first alone writes.
-    one, many = (
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    lengths = [
+        len((root / name / "metrics.jsonl").read_text().splitlines())
         for name in ("one", "many")
-    )
-    assert len(one) == len(many)
+    ]
+    assert lengths[0] == lengths[1]
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path):
+def test_a_run_goes_on_on_another_mesh(root, one):
     """From one device to eight, in the middle; to 1e-6."""
-    (expected,) = run("one", tmp_path / "one")
-    run("one", tmp_path / "moved", epochs=1)
-    (found,) = run("data=4,model=2", tmp_path / "moved")
+    run("one", root / "moved", epochs=1)
+    (found,) = run("data=4,model=2", root / "moved")
     assert found["devices"] == 8
     np.testing.assert_allclose(
-        found["losses"], expected["losses"], rtol=1e-6, atol=1e-6
+        found["losses"], one["losses"], rtol=1e-6, atol=1e-6
     )
-    for a, b in zip(found["weights"], expected["weights"], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    check_weights(found, one, 1e-6)
 
 
-def test_one_is_told_to_end_and_all_go_on_with_the_same_bits(tmp_path):
-    """SIGTERM to the second alone: both end with 75 after the same step."""
-    expected = run("data=4,model=2", tmp_path / "whole", 2, every=100)
-    started = start(
-        "data=4,model=2", tmp_path / "told", 2, every=100, pause=0.5
-    )
-    assert started[1].stdout.readline().startswith("step")
-    started[1].send_signal(signal.SIGTERM)
+def test_one_is_told_to_end_and_all_go_on_with_the_same_bits(root, many):
+    """SIGTERM to the last alone: all end with 75 after the same step."""
+    started = start(MESH, root / "told", PROCESSES, every=100, pause=0.5)
+    assert started[-1].stdout.readline().startswith("step")
+    started[-1].send_signal(signal.SIGTERM)
     for status, _, err in outputs(started):
         assert status == 75, err[-3000:]
-    found = run("data=4,model=2", tmp_path / "told", 2, every=100)
-    assert found == expected
+    assert run(MESH, root / "told", PROCESSES, every=100) == many
 
 
 def test_a_directory_that_hosts_do_not_share(monkeypatch, tmp_path):

@@ -1,9 +1,12 @@
 """Where variables go on a mesh, and families on eight devices against one."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import keras
 import numpy as np
@@ -178,3 +181,74 @@ def test_config_refuses_what_has_no_effect():
         DPOConfig(shard_parameters=False)
     with pytest.raises(ValueError, match="written data=4,model=2"):
         DPOConfig(mesh="4x2")
+
+
+COLLECTIVES = """
+import json, re, sys
+import keras_dpo
+keras_dpo.distribution.set_mesh(
+    "data=8", shard_parameters=sys.argv[1] == "sharded")
+import jax, keras
+from conftest import random_pairs, tiny_policy
+from keras_dpo.memory import _shapes, longest_batch
+model = keras_dpo.DPOModel(tiny_policy(tied=False), "precomputed")
+model.compile(keras.optimizers.Adam(1e-2))
+data = keras_dpo.PreferenceDataset(
+    random_pairs(16), batch_size=16, verbose=False)
+batch = longest_batch(data.packed(model._packing(data, 1)))
+batch["reference_log_probs"] = 0.0 * batch["completion_ids"].astype("float32")
+state = [_shapes(group) for group in (model.trainable_variables,
+    model.non_trainable_variables, model.optimizer.variables,
+    model.metrics_variables)]
+text = jax.jit(model.train_step).lower(tuple(state), batch).compile().as_text()
+found = re.findall(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
+    r"collective-permute)(?:-start)?[(]", text)
+split = sum(v.value.sharding.shard_shape(v.shape) != tuple(v.shape)
+    for v in model.policy.trainable_variables)
+print("RESULT" + json.dumps([found, split,
+    len(model.policy.trainable_variables), batch["row_ids"].size]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_a_step_holds_no_collective_it_does_not_need(kind):
+    """Whole copies: gradients and means are summed, nothing else moves.
+
+    Fully sharded: kernels are gathered, and tokens find their embedding; no
+    state of a token goes to a device that does not need it.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTIVES, kind],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if "RESULT" in x)
+    found, split, variables, tokens = json.loads(line.removeprefix("RESULT"))
+    counts, largest = Counter(), Counter()
+    for result, collective in found:
+        shapes = re.findall(r"\w+\[([\d,]*)\]", result)
+        # The parts of an all-to-all are one; all-reduces are combined.
+        counts[collective] += len(shapes) if collective == "all-reduce" else 1
+        for shape in shapes:
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            largest[collective] = max(largest[collective], size)
+    assert "collective-permute" not in counts
+    kernel = 64 * 32
+    assert largest["all-reduce"] <= kernel
+    if kind == "whole":
+        assert set(counts) == {"all-reduce"}
+        # A gradient each, and the means of the metrics.
+        assert counts["all-reduce"] <= variables + 20
+        return
+    assert split > 10
+    assert counts["all-gather"] <= 3 * split + 2
+    assert largest["all-gather"] <= max(kernel, tokens)
+    # There and back, for the embedding.
+    assert counts["all-to-all"] <= 2
