@@ -176,7 +176,16 @@ def _computed_again(layer: Callable[[Array], Array], inputs: Array) -> Array:
         inputs, constants = kept
         inputs = inputs + 0.0 * gradient.astype(inputs.dtype)
         constants = _gathered_after(gradient, constants)
-        return jax.vjp(converted, inputs, *constants)[1](gradient)
+        d_inputs, *d_constants = jax.vjp(converted, inputs, *constants)[1](
+            gradient
+        )
+        if _simulates_mesh():
+            # Or all layers' gradients are summed at once, whole, at the end.
+            for d in d_constants:
+                if jnp.issubdtype(d.dtype, jnp.floating):
+                    first = d.reshape(-1)[0].astype(d_inputs.dtype)
+                    d_inputs = d_inputs + 0.0 * first
+        return d_inputs, *d_constants
 
     run.defvjp(forward, backward)
     return run(inputs, *constants)
@@ -186,18 +195,27 @@ def _gathered_after(signal: Array, kernels: Sequence[Array]) -> Sequence[Array]:
     """Kernels that are gathered for this pass alone.
 
     Fully sharded kernels would be gathered once for both passes and kept,
-    which keeps a whole copy of the policy. XLA's CPU backend drops barriers
-    and gathers all layers at the start, so there they wait for `signal`.
+    which keeps a whole copy of the policy.
     """
     if data_parallel_size() == 1:
         return kernels
-    if jax.default_backend() != "cpu":
+    if not _simulates_mesh():
         return jax.lax.optimization_barrier(tuple(kernels))
     wait = 0.0 * signal.reshape(-1)[0]
     return [
         k + wait.astype(k.dtype) if jnp.issubdtype(k.dtype, jnp.floating) else k
         for k in kernels
     ]
+
+
+def _simulates_mesh() -> bool:
+    """Whether XLA's CPU backend compiles for a mesh.
+
+    It drops barriers, gathers all layers at the start and sums all gradients
+    at the end; sums with zeros keep it to one layer at a time, as other
+    backends do, so that `keras-dpo plan` tells what those need.
+    """
+    return jax.default_backend() == "cpu" and data_parallel_size() > 1
 
 
 def layer_settings(backbone: keras.Model) -> list[Settings]:
