@@ -1,9 +1,15 @@
 """Chat templates per family, for presets whose tokenizer carries none."""
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 Messages = list[dict[str, str]]
+# A conversation takes milliseconds; nested loops would take forever.
+RENDER_SECONDS = 10.0
 
 CHATML = (
     "{% for message in messages %}"
@@ -102,16 +108,40 @@ def render(
         ValueError: The template refuses the messages.
     """
     try:
-        return _compiled(template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            **{"bos_token": "", "eos_token": "", **special_texts},
-        )
+        with _time_limit(RENDER_SECONDS):
+            return _compiled(template).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **{"bos_token": "", "eos_token": "", **special_texts},
+            )
     except Exception as error:  # Whatever a template's own code raises.
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"The chat template refuses these messages ({roles}): {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` inside the block when it takes too long.
+
+    In the main thread alone: only there does Python let a signal in.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @lru_cache(maxsize=16)

@@ -48,16 +48,21 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
 
     preset = os.fspath(preset)
     config = _read_config(preset)
-    if config.get("model_type") == "llama":
-        policy = _load_llama(preset, config, dtype)
-    else:
-        try:
+    try:
+        if config.get("model_type") == "llama":
+            policy = _load_llama(preset, config, dtype)
+        else:
             policy = keras_hub.models.CausalLM.from_preset(preset, dtype=dtype)
-        except (ValueError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"The preset {preset!r} cannot be loaded: {reason}"
-            ) from error
+    except (ValueError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"The preset {preset!r} cannot be loaded: {reason}"
+        ) from error
+    except KeyError as error:
+        raise ValueError(
+            f"The preset {preset!r} cannot be loaded: its configuration has "
+            f"no {error}."
+        ) from error
     policy._huggingface_tokenizer = _load_tokenizer(preset, config)
     return policy
 

@@ -57,7 +57,9 @@ class HuggingFaceTokenizer(TextTokenizer):
         if isinstance(tokenizer, str):
             import transformers
 
-            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                tokenizer, trust_remote_code=False
+            )
         self.tokenizer = tokenizer
         self.name = "the model's own tokenizer.json (Hugging Face)"
         self.vocabulary_size = len(tokenizer)

@@ -62,6 +62,11 @@ def train(config: DPOConfig) -> TrainingRun:
     """
     require(config, "repo_id", "dataset_name")
     directory = pathlib.Path(config.save_directory) / config.model_name
+    if directory.is_symlink():
+        raise ValueError(
+            f"{directory} is a symbolic link, and a run writes to a directory "
+            "of its own. Choose another model_name."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     for line in config.unread_flags():
         say(f"Note: {line}")

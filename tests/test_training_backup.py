@@ -95,6 +95,20 @@ def test_sigterm_and_ctrl_c_save_and_lose_nothing(tmp_path):
     assert finish(start(tmp_path / "stopped", "full", every=1000)) == whole
 
 
+def test_a_full_disk_loses_nothing(tmp_path):
+    """No file may grow any more, midway: an error; the backup before is whole.
+
+    With room again the run goes on from it.
+    """
+    whole = finish(start(tmp_path / "whole", "full"))
+    process = start(tmp_path / "full_disk", "full", every=1, full_after=6)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode not in (0, 75)
+    assert "cannot be written to" in err
+    assert "The one before is whole: make room" in err
+    assert finish(start(tmp_path / "full_disk", "full")) == whole
+
+
 # --- In one process -----------------------------------------------------------
 
 

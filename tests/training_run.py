@@ -7,6 +7,7 @@ Prints a line for every step and, at the end of each run, digests of its state.
 
 import json
 import pathlib
+import resource
 import sys
 import time
 
@@ -23,11 +24,16 @@ from keras_dpo.schedules import WarmupThenDecay
 class Tell(keras.callbacks.Callback):
     """Reports steps as they end, and takes its time."""
 
-    def __init__(self, pause):
+    def __init__(self, pause, full_after):
         super().__init__()
         self.pause = pause
+        self.steps_left = full_after
 
     def on_train_batch_end(self, batch, logs=None):
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            # What a write to a full disk meets, without a disk.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
         print(f"step {batch} {float(logs['loss'])!r}", flush=True)
         time.sleep(self.pause)
 
@@ -58,7 +64,7 @@ def make_model(kind, directory):
 def run(directory, kind, options):
     model = make_model(kind, directory)
     callbacks = [
-        Tell(options.get("pause", 0.0)),
+        Tell(options.get("pause", 0.0), options.get("full_after", -1)),
         keras_dpo.callbacks.TrainingBackup(
             directory / "backups", every=options.get("every", 2)
         ),
