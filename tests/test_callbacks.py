@@ -243,3 +243,15 @@ def test_stop_after_stops_after():
     model = model_of()
     model.fit(data(40, 4), epochs=3, verbose=0, callbacks=[StopAfter(12)])
     assert int(model.optimizer.iterations.value) == 12
+
+
+def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
+    from keras_dpo.callbacks import WandbLogger
+    from keras_dpo.train import wandb_run_id
+
+    first = wandb_run_id(tmp_path, goes_on=False)
+    assert wandb_run_id(tmp_path, goes_on=True) == first
+    logger = WandbLogger(directory=str(tmp_path), run_id=first)
+    assert logger.run.id == first
+    logger.close()
+    assert wandb_run_id(tmp_path, goes_on=False) != first

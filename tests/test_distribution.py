@@ -10,84 +10,112 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+# One worker, which runs the script once.
+pytestmark = pytest.mark.xdist_group("meshes")
+JOBS = [
+    (kind, lora, "sigmoid")
+    for lora, kinds in (
+        ("full", ("one", "data", "model", "fsdp", "mesh", "whole")),
+        ("lora", ("one", "model", "mesh")),
+    )
+    for kind in kinds
+] + [("one", "full", "aot"), ("data", "full", "aot")]
 SCRIPT = """
 import json, sys
-sys.path[:0] = [{root!r}, {tests!r}]
 import keras, jax, numpy as np
-kind, lora = sys.argv[1], sys.argv[2] == "lora"
-devices = keras.distribution.list_devices()
-if kind == "data":
-    keras.distribution.set_distribution(
-        keras.distribution.DataParallel(devices=devices))
-elif kind == "model":
-    import keras_hub
-    mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
-    layout = keras_hub.models.Llama3Backbone.get_layout_map(
-        mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch")
-    keras.distribution.set_distribution(keras.distribution.ModelParallel(
-        layout_map=layout, batch_dim_name="batch"))
+import keras_dpo, keras_hub
 from conftest import random_pairs, tiny_policy
-import keras_dpo
-if kind in ("fsdp", "mesh", "whole"):
-    mesh = {{"data": 4, "model": 2}} if kind == "mesh" else "data=8"
-    keras_dpo.distribution.set_mesh(mesh, shard_parameters=kind != "whole")
-policy = tiny_policy()
-if lora:
-    keras.utils.set_random_seed(1)
-    policy.backbone.enable_lora(2)
-    for v in policy.trainable_variables:
-        v.assign(0.1 * np.random.default_rng(2).standard_normal(v.shape))
-model = keras_dpo.DPOModel(policy)
-model.compile(optimizer=keras.optimizers.Adam(1e-2), loss={loss},
-              gradient_accumulation_steps=2)
-data = keras_dpo.PreferenceDataset(random_pairs(46), batch_size=16,
-                                   verbose=False, buckets=[32])
-losses = []
-class Keep(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        losses.append(float(logs["loss"]))
-model.fit(data, verbose=0, callbacks=[
-    Keep(), keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5)])
-scores = model.predict(data, verbose=0)
-shard = lambda vs: [str(getattr(v.value.sharding, "spec", None)) for v in vs]
-large = lambda vs: [v.value for v in vs if v.value.size >= 1024]
-local = lambda vs: sum(
-    v.addressable_shards[0].data.nbytes for v in large(vs))
-size = lambda vs: sum(v.nbytes for v in large(vs))
-parts = dict(policy=policy.trainable_variables,
-             snapshot=model.reference.snapshot,
-             optimizer=model.optimizer.variables)
-print("RESULT" + json.dumps(dict(
-    share={{name: local(vs) / size(vs)
-           for name, vs in parts.items() if large(vs)}},
-    devices=len(jax.devices()), losses=losses,
-    evaluated=model.evaluate(data, verbose=0, return_dict=True)["loss"],
-    margins=[float(x) for x in scores["reward_margin"]],
-    weights=[np.asarray(v.value).ravel().tolist() for v in policy.weights],
-    snapshot=[np.asarray(v.value).ravel().tolist()
-              for v in model.reference.snapshot],
-    policy_sharding=shard(model.trainable_variables),
-    snapshot_sharding=shard(model.reference.snapshot),
-)))
+
+devices = keras.distribution.list_devices()
+assert len(devices) == 8
+
+def distribute(kind):
+    keras.distribution.set_distribution(None)
+    if kind == "data":
+        keras.distribution.set_distribution(
+            keras.distribution.DataParallel(devices=devices))
+    elif kind == "model":
+        mesh = keras.distribution.DeviceMesh(
+            (2, 4), ("batch", "model"), devices)
+        layout = keras_hub.models.Llama3Backbone.get_layout_map(
+            mesh, model_parallel_dim_name="model",
+            data_parallel_dim_name="batch")
+        keras.distribution.set_distribution(keras.distribution.ModelParallel(
+            layout_map=layout, batch_dim_name="batch"))
+    elif kind != "one":
+        keras_dpo.distribution.set_mesh(
+            {"data": 4, "model": 2} if kind == "mesh" else "data=8",
+            shard_parameters=kind != "whole")
+
+def run(kind, lora, loss):
+    distribute(kind)
+    policy = tiny_policy()
+    if lora == "lora":
+        keras.utils.set_random_seed(1)
+        policy.backbone.enable_lora(2)
+        for v in policy.trainable_variables:
+            v.assign(0.1 * np.random.default_rng(2).standard_normal(v.shape))
+    model = keras_dpo.DPOModel(policy)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss=loss,
+                  gradient_accumulation_steps=2)
+    data = keras_dpo.PreferenceDataset(random_pairs(46), batch_size=16,
+                                       verbose=False, buckets=[32])
+    losses = []
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            losses.append(float(logs["loss"]))
+    model.fit(data, verbose=0, callbacks=[
+        Keep(), keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5)])
+    scores = model.predict(data, verbose=0)
+    shard = lambda vs: [str(getattr(v.value.sharding, "spec", None))
+                        for v in vs]
+    large = lambda vs: [v.value for v in vs if v.value.size >= 1024]
+    local = lambda vs: sum(
+        v.addressable_shards[0].data.nbytes for v in large(vs))
+    size = lambda vs: sum(v.nbytes for v in large(vs))
+    parts = dict(policy=policy.trainable_variables,
+                 snapshot=model.reference.snapshot,
+                 optimizer=model.optimizer.variables)
+    return dict(
+        share={name: local(vs) / size(vs)
+               for name, vs in parts.items() if large(vs)},
+        devices=len(policy.weights[0].value.sharding.device_set),
+        losses=losses,
+        evaluated=model.evaluate(data, verbose=0, return_dict=True)["loss"],
+        margins=[float(x) for x in scores["reward_margin"]],
+        weights=[np.asarray(v.value).ravel().tolist()
+                 for v in policy.weights],
+        snapshot=[np.asarray(v.value).ravel().tolist()
+                  for v in model.reference.snapshot],
+        policy_sharding=shard(model.trainable_variables),
+        snapshot_sharding=shard(model.reference.snapshot))
+
+for job in json.loads(sys.argv[1]):
+    print("RESULT" + json.dumps([job, run(*job)]), flush=True)
 """
 
 
 @functools.cache
-def run(kind, lora="full", loss="'sigmoid'"):
-    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), loss=loss)
-    flags = (
-        "" if kind == "one" else ("--xla_force_host_platform_device_count=8")
-    )
+def results():
     done = subprocess.run(
-        [sys.executable, "-c", script, kind, lora],
-        env={**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags},
+        [sys.executable, "-c", SCRIPT, json.dumps(JOBS)],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT"))
+    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT")]
+    found = [json.loads(line.removeprefix("RESULT")) for line in lines]
+    return {tuple(job): result for job, result in found}
+
+
+def run(kind, lora="full", loss="sigmoid"):
+    return results()[kind, lora, loss]
 
 
 def assert_equal(found, expected):
@@ -105,14 +133,14 @@ def assert_equal(found, expected):
     assert found["snapshot_sharding"] == found["policy_sharding"]
 
 
-@pytest.mark.parametrize("lora", ["full", "lora"])
-def test_meshes_equal_one_device(lora):
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("data", "full"), ("model", "full"), ("model", "lora")]
+)
+def test_meshes_equal_one_device(kind, lora):
     """Losses, rewards, policy and synced reference after three steps."""
-    expected = run("one", lora)
-    assert_equal(run("data", lora), expected)
-    found = run("model", lora)
-    assert_equal(found, expected)
-    if lora == "full":
+    found = run(kind, lora)
+    assert_equal(found, run("one", lora))
+    if kind == "model" and lora == "full":
         assert any("model" in spec for spec in found["snapshot_sharding"])
 
 
@@ -131,7 +159,7 @@ def test_our_meshes_equal_one_device(kind, lora):
 
 
 def test_a_loss_that_couples_pairs_sees_the_global_batch():
-    assert_equal(run("data", loss="'aot'"), run("one", loss="'aot'"))
+    assert_equal(run("data", loss="aot"), run("one", loss="aot"))
 
 
 def test_batch_that_does_not_divide_is_told(monkeypatch):

@@ -24,10 +24,11 @@ import keras, jax, numpy as np
 import keras_dpo
 from conftest import random_pairs
 from test_log_probs import make
-kind, cases = sys.argv[1], json.loads(sys.argv[2])
-if kind == "mesh":
-    keras_dpo.distribution.set_mesh({"data": 4, "model": 2})
-for case in cases:
+import itertools
+for case, kind in itertools.product(json.loads(sys.argv[1]), ("one", "mesh")):
+    keras.distribution.set_distribution(None)
+    if kind == "mesh":
+        keras_dpo.distribution.set_mesh({"data": 4, "model": 2})
     policy = make(case)
     # Keras draws other numbers where a variable is sharded.
     random = np.random.default_rng(0)
@@ -42,20 +43,21 @@ for case in cases:
     split = {str(a) for v in policy.weights
              for a in (getattr(v.value.sharding, "spec", None) or ()) if a}
     print("RESULT" + json.dumps(dict(
-        case=case, losses=losses, devices=len(jax.devices()),
+        case=case, kind=kind, losses=losses,
+        devices=len(policy.weights[0].value.sharding.device_set),
         split=sorted(split),
         weights=[np.asarray(v.value).ravel().tolist()
                  for v in policy.trainable_variables])), flush=True)
 """
 
 
-def run(kind, cases):
-    flags = "--xla_force_host_platform_device_count=8" * (kind == "mesh")
+def on_eight_devices(script, *arguments):
+    """The results that a script prints."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, kind, json.dumps(cases)],
+        [sys.executable, "-c", script, *arguments],
         env={
             **os.environ,
-            "XLA_FLAGS": flags,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         },
         capture_output=True,
@@ -64,8 +66,7 @@ def run(kind, cases):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT")]
-    results = [json.loads(line.removeprefix("RESULT")) for line in lines]
-    return {result["case"]: result for result in results}
+    return [json.loads(line.removeprefix("RESULT")) for line in lines]
 
 
 def test_families_on_a_mesh_equal_one_device():
@@ -73,9 +74,12 @@ def test_families_on_a_mesh_equal_one_device():
     cases = CASES
     if os.environ.get("KERAS_DPO_ALL_FAMILIES"):
         from test_packed_backbone import CASES as cases
-    expected, found = run("one", cases), run("mesh", cases)
+    found = {
+        (result["case"], result["kind"]): result
+        for result in on_eight_devices(SCRIPT, json.dumps(cases))
+    }
     for case in cases:
-        one, mesh = expected[case], found[case]
+        one, mesh = found[case, "one"], found[case, "mesh"]
         assert (one["devices"], mesh["devices"]) == (1, 8)
         assert mesh["split"] == ["data", "model"], case
         np.testing.assert_allclose(mesh["losses"], one["losses"], rtol=1e-5)
@@ -217,20 +221,7 @@ def test_a_step_holds_no_collective_it_does_not_need(kind):
     Fully sharded: kernels are gathered, and tokens find their embedding; no
     state of a token goes to a device that does not need it.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", COLLECTIVES, kind],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(x for x in done.stdout.splitlines() if "RESULT" in x)
-    found, split, variables, tokens = json.loads(line.removeprefix("RESULT"))
+    ((found, split, variables, tokens),) = on_eight_devices(COLLECTIVES, kind)
     counts, largest = Counter(), Counter()
     for result, collective in found:
         shapes = re.findall(r"\w+\[([\d,]*)\]", result)

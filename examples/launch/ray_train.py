@@ -23,8 +23,7 @@ def main():
         "repo_id": "gemma3_instruct_270m",
         "dataset_name": "pairs.jsonl",
         "mesh": "data=16",
-        "shard_parameters": False,
-        "save_steps": 200,
+        "backup_every": "200",
         "save_directory": "/shared/out",
     }
     JaxTrainer(

@@ -7,10 +7,18 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
-set -euo pipefail
+#SBATCH --requeue
+#SBATCH --signal=TERM@300
+set -uo pipefail
 
-srun --kill-on-bad-exit=1 keras-dpo train \
+srun keras-dpo train \
     --config "${CONFIG:-config.yaml}" \
     --distributed slurm \
-    --mesh data=16 --shard_parameters false \
-    --save_steps 200
+    --mesh data=16 \
+    --backup_every 200
+status=$?
+# Out of time or preempted: the next turn goes on from the backup.
+if [ "$status" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,21 +1,15 @@
-"""Where a training step's time goes, and how near it is to its products.
+"""How near a training step is to its matrix products alone.
 
-    python tests/benchmarks/profile_step.py --model DIR [--remat layers]
+    python tests/benchmarks/profile_step.py --model DIR
 
-Reads XLA's own trace of some steps, sorts its events by what they compute, and
-times the same matrix products alone, in the same process and in turn with the
-steps: the limit of this work on this machine.
+Steps with and without recomputed layers, in turn with the products of one,
+shape by shape, in the same process: the limit of this work on this machine.
 """
 
 import argparse
 import collections
-import gzip
-import json
 import os
-import pathlib
-import re
 import statistics
-import tempfile
 import time
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -64,30 +58,6 @@ def time_products(model, tokens, scored):
     return total, work
 
 
-KINDS = (
-    ("attention", r"attend_in_blocks|while"),
-    ("head", r"token_statistics|vocabulary|_head"),
-    ("optimizer", r"adam|optimizer|apply_gradients"),
-)
-
-
-def sort_events(directory, text):
-    """Seconds by kind, from a trace and the compiled program's text."""
-    names = {}
-    for name, rest in re.findall(r"%?([\w.\-]+) = (.*)", text):
-        found = re.search(r'op_name="([^"]*)"', rest)
-        names[name] = found[1] if found else ""
-    seconds = collections.Counter()
-    for path in pathlib.Path(directory).rglob("*.trace.json.gz"):
-        events = json.loads(gzip.open(path).read())["traceEvents"]
-        for event in events:
-            if event.get("ph") == "X" and event["name"] in names:
-                seconds[event["name"], names[event["name"]]] += (
-                    event["dur"] / 1e6
-                )
-    return seconds
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -130,30 +100,6 @@ def main():
     print(f"{tokens} tokens, {scored} scored; products {work / 1e12:.2f} TFLOP")
     for name, values in times.items():
         print(name, [round(v, 2) for v in values])
-    for remat, model in models.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            jax.profiler.start_trace(scratch)
-            model.fit(data, verbose=0)
-            jax.profiler.stop_trace()
-            state = [
-                [v.value for v in group]
-                for group in (
-                    model.trainable_variables,
-                    model.non_trainable_variables,
-                    model.optimizer.variables,
-                    model.metrics_variables,
-                )
-            ]
-            step = jax.jit(
-                model.train_step,
-                donate_argnums=0,
-                compiler_options=compiler_options(),
-            )
-            text = step.lower(tuple(state), batch).compile().as_text()
-            found = sort_events(scratch, text)
-        print(remat, sum(found.values()))
-        for (name, where), value in found.most_common(40):
-            print(f"  {value:7.3f} {name} {where[-110:]}")
 
 
 if __name__ == "__main__":
