@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-# One worker, which runs the script once.
-pytestmark = pytest.mark.xdist_group("meshes")
 JOBS = [
     (kind, lora, "sigmoid")
     for lora, kinds in (

@@ -16,9 +16,6 @@ from conftest import ROOT
 from keras_dpo.callbacks import training_backup
 from keras_dpo.distribution import start_processes
 
-# One worker, which then runs each script once.
-pytestmark = pytest.mark.xdist_group("processes")
-
 SCRIPT = """
 import json, pathlib, sys, time
 import keras_dpo
