@@ -67,15 +67,16 @@ def train(config: DPOConfig) -> TrainingRun:
             f"{directory} is a symbolic link, and a run writes to a directory "
             "of its own. Choose another model_name."
         )
+    # First: processes must meet before JAX begins.
+    choose_mesh(config)
     directory.mkdir(parents=True, exist_ok=True)
+    if is_main_process():
+        write_config(config, directory / "config.yaml")
     for line in config.unread_flags():
         say(f"Note: {line}")
     keras.utils.set_random_seed(config.seed)
     keep_compiled(config.compilation_cache)
     choose_attention(config.attn_mechanism)
-    choose_mesh(config)
-    if is_main_process():
-        write_config(config, directory / "config.yaml")
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     training, validation = make_datasets(config, preprocessor)
@@ -127,9 +128,9 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
         ValueError: A setting, the data or the model is wrong.
     """
     require(config, "repo_id", "dataset_name")
+    choose_mesh(config)
     keep_compiled(config.compilation_cache)
     choose_attention(config.attn_mechanism)
-    choose_mesh(config)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     model = make_model(config, policy, preprocessor)
@@ -155,8 +156,8 @@ def precompute(config: DPOConfig) -> list[pathlib.Path]:
     """
     require(config, "repo_id", "dataset_name")
     config = dataclasses.replace(config, reference="precomputed")
-    keep_compiled(config.compilation_cache)
     choose_mesh(config)
+    keep_compiled(config.compilation_cache)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     datasets = make_datasets(config, preprocessor)
