@@ -25,12 +25,13 @@ def variables_without_values() -> Iterator[None]:
         layout = getattr(self._layout, "backend_layout", self._layout)
 
         def placeholder(shape: tuple[int, ...], dtype: str) -> Any:
-            if jax.core.trace_ctx.is_top_level():
-                sharding = layout or jax.sharding.SingleDeviceSharding(
-                    jax.devices()[0]
-                )
-                return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            return jnp.zeros(shape, dtype)
+            zeros = jnp.zeros((), dtype)
+            if isinstance(zeros, jax.core.Tracer):
+                return jnp.broadcast_to(zeros, shape)
+            sharding = layout or jax.sharding.SingleDeviceSharding(
+                jax.devices()[0]
+            )
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         self._value = None
         self._initializer = placeholder

@@ -57,6 +57,22 @@ def test_divergence_stops_with_rows_and_token_ids(tmp_path):
             assert row[name] == pairs[row["row"]][name]
 
 
+def test_the_first_bad_batch_is_named_in_whatever_order_they_come(tmp_path):
+    """Keras tells of finished batches from several threads."""
+    guard = NaNGuard(tmp_path)
+    guard.set_model(model_of(1e-3))
+    guard.on_epoch_begin(0)
+    guard._first_batch = 0
+    guard._finite.add(0)
+    guard._not_finite.add(3)
+    guard.after_step(4)
+    guard._not_finite.add(2)
+    guard.after_step(4)
+    guard._not_finite.add(1)
+    with pytest.raises(FloatingPointError, match="epoch 1, batch 2"):
+        guard.after_step(4)
+
+
 def test_an_extreme_value_of_the_data_is_named(tmp_path):
     pairs = random_pairs(8)
     for pair in pairs:

@@ -184,7 +184,7 @@ def test_a_run_goes_on_on_another_mesh(root, one):
 def test_one_is_told_to_end_and_all_go_on_with_the_same_bits(root, many):
     """SIGTERM to the last alone: all end with 75 after the same step."""
     started = start(MESH, root / "told", PROCESSES, every=100, pause=0.5)
-    assert started[-1].stdout.readline().startswith("step")
+    assert any(line.startswith("step") for line in started[-1].stdout)
     started[-1].send_signal(signal.SIGTERM)
     for status, _, err in outputs(started):
         assert status == 75, err[-3000:]

@@ -36,31 +36,43 @@ class NaNGuard(AfterStep):
         super().__init__()
         self.directory = pathlib.Path(directory)
         self._dataset: PreferenceDataset | None = None
-        self._bad_batch: int | None = None
-        self._epoch = 0
+        self._begin_epoch(0)
 
     def watch(self, dataset: PreferenceDataset) -> None:
         """`fit` tells which pairs are trained on."""
         self._dataset = dataset
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._epoch, self._bad_batch = epoch, None
+        self._begin_epoch(epoch)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._first_batch: int | None = None
+        self._finite: set[int] = set()
+        self._not_finite: set[int] = set()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._first_batch is None:
+            self._first_batch = batch
+        super().on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        # In Keras' other thread where there is one: it may wait for the step.
+        # In Keras' other threads where there are any: they may wait for the
+        # step, and come in any order.
         loss = float((logs or {}).get("loss", 0.0))
-        if not math.isfinite(loss) and self._bad_batch is None:
-            self._bad_batch = batch
+        (self._finite if math.isfinite(loss) else self._not_finite).add(batch)
         super().on_train_batch_end(batch, logs)
 
     def after_step(self, step: int) -> None:
-        if self._bad_batch is not None:
-            self._raise(self._bad_batch)
+        if self._not_finite:
+            batch = min(tuple(self._not_finite))
+            if self._finite.issuperset(range(self._first_batch or 0, batch)):
+                self._raise(batch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)
-        if self._bad_batch is not None:
-            self._raise(self._bad_batch)
+        if self._not_finite:
+            self._raise(min(self._not_finite))
 
     def _raise(self, batch: int) -> None:
         cause = likely_cause(self.model)
