@@ -2,9 +2,10 @@
 
 import html
 import json
-import os
 import pathlib
 from typing import Any
+
+from keras_dpo.reference_store import write_beside
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 52, 28
 COLORS = ("#1a6fb0", "#c8501e")
@@ -66,9 +67,7 @@ def write_report(
             "</html>",
         ]
     )
-    beside = directory / "report.writing"
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, directory / "report.html")
+    write_beside(directory / "report.html", page.encode())
 
 
 def _series(records: list[dict[str, Any]], key: str, ends: bool) -> Points:

@@ -229,13 +229,10 @@ def require(config: DPOConfig, *names: str) -> None:
 
 def write_config(config: DPOConfig, path: pathlib.Path) -> None:
     """Write the config beside its place and rename it there."""
-    beside = path.with_suffix(".writing")
-    beside.write_text(
-        yaml.safe_dump(
-            without_secrets(dataclasses.asdict(config)), sort_keys=False
-        )
+    text = yaml.safe_dump(
+        without_secrets(dataclasses.asdict(config)), sort_keys=False
     )
-    os.replace(beside, path)
+    write_beside(path, text.encode())
 
 
 def choose_attention(mechanism: str) -> None:

@@ -14,8 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras_dpo  # isort: skip
 import keras
-
-from keras_dpo.presets import load_tokenizer
+from demo_pairs import add_arguments, load_pairs
 
 
 def now():
@@ -30,23 +29,12 @@ def peak():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="../shared/data/dpo_en_demo.json")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=512)
+    add_arguments(parser)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--stored", action="store_true")
     args = parser.parse_args()
-    data = keras_dpo.PreferenceDataset(
-        args.data,
-        keras_dpo.DPOPreprocessor(
-            load_tokenizer(args.model), args.max_length, args.max_length // 2
-        ),
-        args.pairs,
-        split=f"train[:{args.pairs * args.steps}]",
-        verbose=False,
-    )
+    data = load_pairs(args, f"train[:{args.pairs * args.steps}]")
     libraries = now()
     policy = keras_dpo.load_policy(args.model)
     weights = sum(v.value.nbytes for v in policy.variables) / 2**20

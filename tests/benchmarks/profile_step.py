@@ -19,10 +19,10 @@ import keras_dpo  # isort: skip
 import jax
 import keras
 import numpy as np
+from demo_pairs import add_arguments, load_pairs
 
 from keras_dpo.compilation import compiler_options
 from keras_dpo.memory import longest_batch
-from keras_dpo.presets import load_tokenizer
 
 
 def time_products(model, tokens, scored):
@@ -60,22 +60,11 @@ def time_products(model, tokens, scored):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="../shared/data/dpo_en_demo.json")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=512)
+    add_arguments(parser)
     parser.add_argument("--remat", nargs="+", default=["none", "layers"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    data = keras_dpo.PreferenceDataset(
-        args.data,
-        keras_dpo.DPOPreprocessor(
-            load_tokenizer(args.model), args.max_length, args.max_length // 2
-        ),
-        args.pairs,
-        split=f"train[:{3 * args.pairs}]",
-        verbose=False,
-    )
+    data = load_pairs(args, f"train[:{3 * args.pairs}]")
     models = {}
     for remat in args.remat:
         model = keras_dpo.DPOModel(

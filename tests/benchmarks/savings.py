@@ -15,9 +15,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras_dpo  # isort: skip
 import keras
+from demo_pairs import add_arguments, load_pairs
 
 from keras_dpo.memory import extrapolate
-from keras_dpo.presets import count_layers, load_outline, load_tokenizer
+from keras_dpo.presets import count_layers, load_outline
 
 SWITCHES = {
     "default": {},
@@ -56,19 +57,9 @@ def measure(args, data, layers, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="../shared/data/dpo_en_demo.json")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=512)
+    add_arguments(parser)
     args = parser.parse_args()
-    data = keras_dpo.PreferenceDataset(
-        args.data,
-        keras_dpo.DPOPreprocessor(
-            load_tokenizer(args.model), args.max_length, args.max_length // 2
-        ),
-        args.pairs,
-        verbose=False,
-    )
+    data = load_pairs(args)
     whole = count_layers(args.model)
     print("| switch | tokens of an epoch | TFLOP of the longest step | MiB |")
     print("|---|---|---|---|")
