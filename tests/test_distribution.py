@@ -2,13 +2,10 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import on_eight_devices
 
 JOBS = [
     (kind, lora, "sigmoid")
@@ -95,20 +92,7 @@ for job in json.loads(sys.argv[1]):
 
 @functools.cache
 def results():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(JOBS)],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT")]
-    found = [json.loads(line.removeprefix("RESULT")) for line in lines]
+    found = on_eight_devices(SCRIPT, json.dumps(JOBS))
     return {tuple(job): result for job, result in found}
 
 

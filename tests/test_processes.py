@@ -11,7 +11,7 @@ from subprocess import PIPE, Popen, TimeoutExpired
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import environment_of_devices
 
 from keras_dpo.callbacks import training_backup
 from keras_dpo.distribution import start_processes
@@ -73,9 +73,7 @@ def start(mesh, directory, processes=1, epochs=2, every=2, pause=0.0):
     started = []
     for index in range(processes):
         environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            **environment_of_devices(count),
             # XLA's threads: as many as devices that wait for each other, or
             # on few cores they wait forever.
             "NPROC": "16",

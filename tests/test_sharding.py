@@ -4,14 +4,12 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, tiny_policy
+from conftest import on_eight_devices, tiny_policy
 
 from keras_dpo import DPOConfig, DPOModel
 from keras_dpo.sharding import MeshDistribution, parse_mesh
@@ -49,24 +47,6 @@ for case, kind in itertools.product(json.loads(sys.argv[1]), ("one", "mesh")):
         weights=[np.asarray(v.value).ravel().tolist()
                  for v in policy.trainable_variables])), flush=True)
 """
-
-
-def on_eight_devices(script, *arguments):
-    """The results that a script prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT")]
-    return [json.loads(line.removeprefix("RESULT")) for line in lines]
 
 
 def test_families_on_a_mesh_equal_one_device():
