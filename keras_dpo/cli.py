@@ -237,7 +237,6 @@ def run_inspect(show: int, **options: Any) -> None:
     from keras_dpo.data.audit import audit, render_pair
     from keras_dpo.data.dataset import PreferenceDataset
     from keras_dpo.data.packing import Packing
-    from keras_dpo.data.sources import read_rows
     from keras_dpo.train import make_preprocessor_alone, require
 
     config = DPOConfig(**options)
@@ -246,10 +245,11 @@ def run_inspect(show: int, **options: Any) -> None:
 
     def make(name: str, split: str | None) -> PreferenceDataset:
         return PreferenceDataset(
-            read_rows(name, split),
+            name,
             preprocessor,
             config.total_batch_size,
             seed=config.seed,
+            split=split,
             column_map=config.column_map,
             verbose=False,
         )

@@ -19,8 +19,9 @@ from keras_dpo.checks import (
     report_start,
     steps_done,
 )
-from keras_dpo.data.dataset import PreferenceDataset, make_dataset
+from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import BLOCK, Packing, round_up
+from keras_dpo.data.stream import make_dataset, need_an_end
 from keras_dpo.distribution import (
     check_processes_agree,
     data_parallel_size,
@@ -44,7 +45,6 @@ from keras_dpo.reference import (
     Reference,
     SnapshotReference,
 )
-from keras_dpo.reference_store import hash_token_ids
 from keras_dpo.resumable_epochs import resumable_epochs
 from keras_dpo.steps import PreferenceSteps
 from keras_dpo.stopping import StopBetweenSteps
@@ -360,7 +360,7 @@ class DPOModel(PreferenceSteps):
             check_processes_agree(
                 {
                     "steps of an epoch": train.batches_per_epoch,
-                    "the training pairs": hash_token_ids(train.pairs),
+                    "the training pairs": train.pairs.hash_token_ids(),
                     "the order's seed": train.seed,
                 }
             )
@@ -463,6 +463,7 @@ class DPOModel(PreferenceSteps):
             reward_margin, in nats. A pair that the data report dropped is NaN.
         """
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
+        need_an_end(dataset, "predict gives a value for every row")
         dataset = self._prepare(dataset)
         outputs = super().predict(dataset, verbose=verbose, callbacks=callbacks)
         return dataset.in_input_order(outputs)

@@ -120,7 +120,7 @@ def longest_batch(dataset: PreferenceDataset) -> dict[str, np.ndarray]:
 
     def size(indices: Any) -> int:
         if dataset.packing is None:
-            return max(dataset.bucket_of(i) for i in indices)
+            return dataset.buckets_of(indices).max()
         return int(dataset.packed_lengths[indices].sum())
 
     return dataset.make_batch(max(dataset.all_batches(), key=size))

@@ -14,6 +14,7 @@ from keras_dpo.checks import steps_done
 from keras_dpo.compilation import cache_directory, compiler_options
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import choose_lengths
+from keras_dpo.data.stream import need_an_end
 from keras_dpo.distribution import distribute_batch, to_host
 from keras_dpo.log_probs import Array
 from keras_dpo.reference import ModelReference, PrecomputedReference
@@ -29,6 +30,7 @@ def fill_in_reference(model: Any, dataset: PreferenceDataset) -> pathlib.Path:
     Batches are larger than those of training: nothing is kept for a
     gradient.
     """
+    need_an_end(dataset, "A precomputed reference is one of all pairs")
     reference = model.reference
     online = reference if isinstance(reference, ModelReference) else None
     scored = model.policy if online is None else online.model
@@ -113,7 +115,7 @@ def _parts(
     if not model.execution.in_rows:
         return parts
     packing = model._packing(dataset, 1)
-    longest = int(packing.pair_lengths(dataset.pairs).max())
+    longest = int(packing.pair_lengths(dataset.pairs.lengths).max())
     packing = dataclasses.replace(packing, longest_pair=longest)
     parts = [part.packed(packing) for part in parts]
     totals = np.concatenate([part.row_totals() for part in parts])

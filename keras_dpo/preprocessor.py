@@ -1,8 +1,8 @@
 """Records -> token ids, exactly as the model will see them at inference."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 import keras
@@ -19,7 +19,7 @@ from keras_dpo.tokenizers import (
 
 # Stand-ins for control tokens that the data spells, while a text is rendered.
 STAND_IN = 0xF0000
-BATCH_SIZE = 512
+RECORDS_AT_ONCE = 512
 
 Segment = tuple[str, bool]
 
@@ -194,35 +194,22 @@ class DPOPreprocessor:
         return self._with_bos(self._encode([self._prompt_text(prompt)])[0])
 
     def tokenize(
-        self, records: Iterable[Record], progress: bool = False
+        self, records: Iterable[Record], first: int = 0
     ) -> list[Tokenized]:
         """Token ids of every record, in order.
+
+        Args:
+            records: See `data.normalize_records`.
+            first: The number of the first one, in messages.
 
         Raises:
             ValueError: A record is over a limit and `on_overflow="error"`, or
                 needs a tokenizer or a template that is not there.
         """
-        records = list(records)
-        bar = None
-        if progress and len(records) > BATCH_SIZE:
-            bar = keras.utils.Progbar(len(records), unit_name="pair")
+        unread = iter(records)
         tokenized: list[Tokenized] = []
-        for start in range(0, len(records), BATCH_SIZE):
-            part = records[start : start + BATCH_SIZE]
-            tokenized += self._tokenize(part, start)
-            if bar is not None:
-                bar.update(len(tokenized))
-        if self.on_overflow == "error":
-            for number, row in enumerate(tokenized):
-                cut = [note for note in row.notes if "truncated" in note]
-                if cut:
-                    raise ValueError(
-                        f"Record {number} is over the limit: {cut[0]}. "
-                        f"Received: max_length={self.max_length}, "
-                        f"max_prompt_length={self.max_prompt_length}, "
-                        f"max_completion_length={self.max_completion_length}. "
-                        "Raise them, or set on_overflow='truncate'."
-                    )
+        while part := list(islice(unread, RECORDS_AT_ONCE)):
+            tokenized += self._tokenize(part, first + len(tokenized))
         return tokenized
 
     def _tokenize(self, records: list[Record], start: int) -> list[Tokenized]:
@@ -253,7 +240,21 @@ class DPOPreprocessor:
             extras = {k: record[k] for k in EXTRA_FIELDS if k in record}
             dropped = self._drop_cause(row)
             rows.append(row._replace(extras=extras, dropped=dropped))
+        if self.on_overflow == "error":
+            for number, row in enumerate(rows, start):
+                self._check_whole(number, row)
         return rows
+
+    def _check_whole(self, number: int, row: Tokenized) -> None:
+        cut = [note for note in row.notes if "truncated" in note]
+        if cut:
+            raise ValueError(
+                f"Record {number} is over the limit: {cut[0]}. "
+                f"Received: max_length={self.max_length}, "
+                f"max_prompt_length={self.max_prompt_length}, "
+                f"max_completion_length={self.max_completion_length}. "
+                "Raise them, or set on_overflow='truncate'."
+            )
 
     def _plan(self, record: Record) -> "_Plan":
         """The texts to encode for one record."""
@@ -520,8 +521,3 @@ class _Plan(NamedTuple):
     texts: list[str]
     segments: list[list[Segment]]
     escaped: bool
-
-
-def count_notes(rows: Iterable[Tokenized]) -> Counter[str]:
-    """How many rows carry each note."""
-    return Counter(note for row in rows for note in dict.fromkeys(row.notes))

@@ -10,18 +10,18 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import keras
 import numpy as np
 
+from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.distribution import on_any_process, to_host
 from keras_dpo.messages import say
-from keras_dpo.preprocessor import Tokenized
 
 # Raised when stores of an earlier version must not be read.
-LAYOUT = "1"
+LAYOUT = "2"
 PAIRS_PER_PART = 256
 
 
@@ -32,22 +32,6 @@ def hash_weights(variables: Iterable[keras.Variable]) -> str:
         value = np.ascontiguousarray(to_host(variable.value))
         digest.update(f"{value.shape} {value.dtype}".encode())
         digest.update(value.reshape(-1).view("uint8").data)
-    return digest.hexdigest()
-
-
-def hash_token_ids(pairs: Iterable[Tokenized]) -> str:
-    """Of every prompt and completion, in order, and what of it is scored."""
-    digest = hashlib.blake2b(digest_size=16)
-    for pair in pairs:
-        for values in (
-            pair.prompt_ids,
-            pair.chosen_ids,
-            pair.rejected_ids,
-            pair.chosen_scored or (),
-            pair.rejected_scored or (),
-        ):
-            digest.update(len(values).to_bytes(8, "little"))
-            digest.update(np.asarray(values, "int32").tobytes())
     return digest.hexdigest()
 
 
@@ -68,13 +52,13 @@ class ReferenceStore:
     def __init__(
         self,
         root: str | os.PathLike[str],
-        pairs: Sequence[Tokenized],
+        pairs: TokenizedPairs,
         content: dict[str, str],
         strict: bool = False,
     ) -> None:
         self._content = {
             **content,
-            "token_ids": hash_token_ids(pairs),
+            "token_ids": pairs.hash_token_ids(),
             "layout": LAYOUT,
         }
         text = json.dumps(self._content, sort_keys=True).encode()
@@ -83,10 +67,8 @@ class ReferenceStore:
         self.directory = root / f"reference-{name}"
         if strict and not self.directory.exists():
             self._refuse_stale(root)
-        widths = [len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
-        self._splits = [len(p.chosen_ids) for p in pairs]
-        self._widths = np.array(widths)
-        self._parts: dict[int, np.ndarray] = {}
+        self._splits = pairs.lengths[:, 1]
+        self._widths = pairs.lengths[:, 1:].sum(axis=1)
 
     def _refuse_stale(self, root: pathlib.Path) -> None:
         for path in sorted(root.glob("reference-*/content.json")):
@@ -157,21 +139,23 @@ class ReferenceStore:
     def __getitem__(self, index: int) -> np.ndarray:
         """Log-probs of a pair, `(2, tokens)`, zero beyond a completion."""
         n = index // PAIRS_PER_PART
-        widths = self._widths[self.indices(n)]
-        if n not in self._parts:
-            path = self._path(n)
-            if path.stat().st_size != 4 * widths.sum():
-                raise ValueError(
-                    f"{path} is damaged: it holds {path.stat().st_size} bytes, "
-                    f"not {4 * widths.sum()}. Remove it to compute it again."
-                )
-            self._parts[n] = np.memmap(path, "float32", mode="r")
-        start = widths[: index % PAIRS_PER_PART].sum()
-        end = start + self._widths[index]
-        middle = start + self._splits[index]
-        values = np.zeros((2, max(middle - start, end - middle)), "float32")
-        values[0, : middle - start] = self._parts[n][start:middle]
-        values[1, : end - middle] = self._parts[n][middle:end]
+        widths, path = self._widths[self.indices(n)], self._path(n)
+        if path.stat().st_size != 4 * widths.sum():
+            raise ValueError(
+                f"{path} is damaged: it holds {path.stat().st_size} bytes, "
+                f"not {4 * widths.sum()}. Remove it to compute it again."
+            )
+        # Not mapped: a large store has more parts than a process may open.
+        flat = np.fromfile(
+            path,
+            "float32",
+            self._widths[index],
+            offset=4 * widths[: index % PAIRS_PER_PART].sum(),
+        )
+        chosen, rejected = np.split(flat, [self._splits[index]])
+        values = np.zeros((2, max(len(chosen), len(rejected))), "float32")
+        values[0, : len(chosen)] = chosen
+        values[1, : len(rejected)] = rejected
         return values
 
     def indices(self, n: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from keras_dpo.checks import steps_done
 from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.data.sources import read_rows
+from keras_dpo.data.sources import open_rows
 from keras_dpo.distribution import (
     is_main_process,
     set_mesh,
@@ -136,10 +136,11 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
     model = make_model(config, policy, preprocessor)
     model.compile(loss=config.make_loss())
     dataset = PreferenceDataset(
-        read_rows(config.dataset_name, config.dataset_split),
+        config.dataset_name,
         preprocessor,
         config.evaluation_batch_size or config.total_batch_size,
         shuffle=False,
+        split=config.dataset_split,
         column_map=config.column_map,
     )
     return model.evaluate(dataset, return_dict=True)
@@ -185,7 +186,7 @@ def plan(config: DPOConfig) -> MemoryReport:
     rows: Any = [longest_pair(config)] * config.total_batch_size
     if config.dataset_name:
         preprocessor = make_preprocessor_alone(config)
-        rows = read_rows(config.dataset_name, config.dataset_split)
+        rows = open_rows(config.dataset_name, config.dataset_split)
     dataset = PreferenceDataset(
         rows,
         preprocessor,
@@ -317,10 +318,11 @@ def make_datasets(
 
     def make(name: str, split: str | None, size: int, shuffle: bool) -> Any:
         return PreferenceDataset(
-            read_rows(name, split),
+            name,
             preprocessor,
             size,
             shuffle=shuffle,
+            split=split,
             seed=config.seed,
             column_map=config.column_map,
         )
@@ -340,11 +342,9 @@ def make_datasets(
         size,
         False,
     )
-    shared = {tuple(pair.prompt_ids) for pair in training.pairs} & {
-        tuple(pair.prompt_ids) for pair in validation.pairs
-    }
+    shared = training.pairs.shared_prompts(validation.pairs)
     if shared:
-        say(f"Note: {len(shared)} validation prompts are in the training set")
+        say(f"Note: {shared} validation prompts are in the training set")
     return training, validation
 
 
@@ -483,12 +483,7 @@ class StopAfter(keras.callbacks.Callback):
 def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:
     """A few prompts, of rows that hold text."""
     prompts = [r["prompt"] for r in dataset.records if "prompt" in r]
-    fitting = [
-        prompt
-        for prompt, pair in zip(prompts, dataset.pairs, strict=False)
-        if not any("prompts truncated" in note for note in pair.notes)
-    ]
-    return fitting[: config.num_sample_prompts]
+    return prompts[: config.num_sample_prompts]
 
 
 def show_answers(

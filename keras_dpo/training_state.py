@@ -4,7 +4,6 @@ Variables by order (the paths of two processes differ), the place in the data,
 what callbacks counted; and what must be the same for it to mean anything.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -15,10 +14,10 @@ import numpy as np
 
 from keras_dpo.callbacks.reference_sync import ReferenceSync
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.reference_store import hash_token_ids, hash_weights
+from keras_dpo.reference_store import hash_weights
 
 # Raised when states of an earlier version must not be read.
-FORMAT = 1
+FORMAT = 2
 # What Keras' own callbacks count, beyond their settings.
 KERAS_CALLBACKS = {
     "EarlyStopping": ("wait", "best", "best_epoch", "stopped_epoch"),
@@ -73,11 +72,10 @@ def settings(
     syncs = [c for c in callbacks if isinstance(c, ReferenceSync)]
     optimizer = keras.saving.serialize_keras_object(model.optimizer)
     loss = keras.saving.serialize_keras_object(model.preference_loss)
-    pairs_extras = json.dumps([p.extras for p in dataset.pairs], sort_keys=True)
     return {
         "format": FORMAT,
-        "pairs": hash_token_ids(dataset.pairs),
-        "weights and margins": _hash(pairs_extras),
+        "pairs": dataset.pairs.hash_token_ids(),
+        "weights and margins": dataset.pairs.hash_extras(),
         "batch_size": dataset.batch_size,
         "seed": dataset.seed,
         "shuffle": dataset.shuffle,
@@ -168,10 +166,6 @@ def _difference(name: str, before: Any, now: Any) -> str:
     if max(map(len, texts)) > 60:
         return f"{name} differs"
     return f"{name} was {texts[0]} and is {texts[1]}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -127,7 +127,7 @@ def test_rows_hold_what_the_pairs_hold():
                 assert positions[states].tolist() == expected.tolist()
                 # All but the prompt's last token are of this completion.
                 assert len(set(segments[states[1:]].tolist())) <= 1
-        real = packing.pair_lengths(data.pairs).sum()
+        real = packing.pair_lengths(data.pairs.lengths).sum()
         assert (batch["row_segments"] >= 0).sum() == real
         assert batch["scored_counts"].sum() == batch["completion_mask"].sum()
 
@@ -156,16 +156,16 @@ def test_a_short_batch_leaves_rows_empty():
 def test_unscored_tokens_are_left_out():
     """What is not scored, such as a user's turn, enters no product."""
     data = dataset(2, batch_size=2)
-    pair = data.pairs[0]
+    pair, other = data.pairs
     scored = [i % 2 == 0 for i in range(len(pair.chosen_ids))]
-    data.pairs[0] = pair._replace(chosen_scored=scored)
-    batch = pack_batch(Packing(), data.pairs, 2, 256)
+    pairs = [pair._replace(chosen_scored=scored), other]
+    batch = pack_batch(Packing(), pairs, 2, 256)
     expected = sum(scored) + sum(
         len(ids)
         for ids in (
             pair.rejected_ids,
-            data.pairs[1].chosen_ids,
-            data.pairs[1].rejected_ids,
+            other.chosen_ids,
+            other.rejected_ids,
         )
     )
     assert batch["scored_counts"].tolist() == [expected]

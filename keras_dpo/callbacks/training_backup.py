@@ -234,6 +234,7 @@ class TrainingBackup(AfterStep):
                 metrics.append(arrays[name])
             else:
                 variable.assign(arrays[name])
+        self._dataset.set_state(info["data"])
         place = Place(*info["place"])
         say(
             f"Going on from {path}: epoch {place.epoch + 1}, "
@@ -335,6 +336,7 @@ class TrainingBackup(AfterStep):
             "fixed": self._hash_fixed(model),
             "reference_synced": model.reference.synced,
             "place": list(self._place),
+            "data": self._dataset.get_state(),
             "callbacks": training_state.callback_states(callbacks),
         }
         # Copies: the next step gives the originals' memory away.

@@ -1,10 +1,8 @@
 """What is in the data, and what is wrong with it."""
 
 import dataclasses
-from collections import Counter
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 
@@ -36,29 +34,30 @@ def audit(
 ) -> Audit:
     """Look at a dataset, and at what it shares with a validation set."""
     pairs = dataset.pairs
-    prompts = [len(pair.prompt_ids) for pair in pairs]
-    chosen = np.array([len(pair.chosen_ids) for pair in pairs])
-    rejected = np.array([len(pair.rejected_ids) for pair in pairs])
-    seen = Counter(tuple(pair.prompt_ids) for pair in pairs)
-    margins = [pair.extras.get("margin") for pair in pairs]
+    prompts, chosen, rejected = pairs.lengths.T
+    seen = np.unique(pairs.prompt_keys)
     numbers: dict[str, float] = {
         "pairs": len(pairs),
-        "duplicate_prompts": sum(n - 1 for n in seen.values()),
-        "empty_answers": _empty_answers(dataset.records),
+        "duplicate_prompts": len(pairs) - len(seen),
+        "empty_answers": dataset.report.counts.get("empty answers", 0),
         "chosen_longer_share": float(np.mean(chosen > rejected)),
-        "mean_prompt_tokens": float(np.mean(prompts)),
+        "mean_prompt_tokens": float(prompts.mean()),
         "mean_chosen_tokens": float(chosen.mean()),
         "mean_rejected_tokens": float(rejected.mean()),
-        "score_inversions": sum(m is not None and m < 0 for m in margins),
+        "score_inversions": int((pairs.extra("margin") < 0).sum()),
         "padding_waste": padding_waste(dataset),
         "buckets": len(dataset.shapes),
     }
     if validation is not None:
-        theirs = {tuple(pair.prompt_ids) for pair in validation.pairs}
-        numbers["prompts_shared_with_validation"] = len(theirs & set(seen))
+        numbers["prompts_shared_with_validation"] = pairs.shared_prompts(
+            validation.pairs
+        )
     lines = [*dataset.report.lines(), *_sentences(numbers, dataset)]
     return Audit(
-        lines, numbers, _histogram(prompts), _histogram([*chosen, *rejected])
+        lines,
+        numbers,
+        _histogram(prompts),
+        _histogram(np.concatenate([chosen, rejected])),
     )
 
 
@@ -77,7 +76,6 @@ def _sentences(
     ]
     notes = {
         "duplicate_prompts": "pairs repeat another pair's prompt",
-        "empty_answers": "answers are empty",
         "score_inversions": "pairs score the rejected answer higher",
         "prompts_shared_with_validation": "prompts are in the validation set",
     }
@@ -85,17 +83,6 @@ def _sentences(
         if numbers.get(name):
             lines.append(f"Note: {numbers[name]:.0f} {meaning}")
     return lines
-
-
-def _empty_answers(records: list[dict[str, Any]]) -> int:
-    count = 0
-    for record in records:
-        for side in ("chosen", "rejected"):
-            answer = record.get(side, "x")
-            if isinstance(answer, list):
-                answer = "".join(message["content"] for message in answer)
-            count += not answer.strip()
-    return count
 
 
 def padding_waste(dataset: PreferenceDataset) -> float:
@@ -110,13 +97,11 @@ def padding_waste(dataset: PreferenceDataset) -> float:
     return padded / max(real, 1)
 
 
-def _histogram(lengths: list[int]) -> list[tuple[int, int]]:
+def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     bounds = [16 * 2**i for i in range(12)]
-    counts = Counter(
-        next(b for b in bounds if n <= b or b == bounds[-1]) for n in lengths
-    )
-    last = max(counts)
-    return [(b, counts.get(b, 0)) for b in bounds if b <= last]
+    # What is over the last bound counts there.
+    places = np.searchsorted(bounds[:-1], lengths)
+    return list(zip(bounds, np.bincount(places).tolist(), strict=False))
 
 
 def render_pair(dataset: PreferenceDataset, index: int) -> str:

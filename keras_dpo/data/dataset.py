@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_dpo.data.layouts import Record
 from keras_dpo.data.packing import (
     Packing,
     choose_lengths,
@@ -15,15 +17,23 @@ from keras_dpo.data.packing import (
     pack_batch,
     round_up,
 )
-from keras_dpo.data.records import normalize_records
-from keras_dpo.data.sources import read_rows
+from keras_dpo.data.pairs import TokenizedPairs
+from keras_dpo.data.records import DataReport, each_record
+from keras_dpo.data.sources import open_rows
 from keras_dpo.messages import say
-from keras_dpo.preprocessor import DPOPreprocessor, Tokenized, count_notes
+from keras_dpo.preprocessor import (
+    RECORDS_AT_ONCE,
+    DPOPreprocessor,
+    Tokenized,
+)
 
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # Batches whose pairs are dealt among them, so that all are about as long.
 BALANCED_BATCHES = 64
+# Records that are kept as text, for samples and examples.
+RECORDS_KEPT = 1000
+SUM_FIELDS = ("reference_chosen_log_prob", "reference_rejected_log_prob")
 
 
 class PreferenceDataset(keras.utils.PyDataset):
@@ -35,7 +45,7 @@ class PreferenceDataset(keras.utils.PyDataset):
     with empty rows of weight 0.
 
     Args:
-        source: What `data.read_rows` reads.
+        source: What `data.open_rows` opens.
         preprocessor: A `DPOPreprocessor`. None: the rows hold token ids.
         batch_size: Pairs per batch.
         shuffle: Whether the order changes from epoch to epoch.
@@ -86,14 +96,15 @@ class PreferenceDataset(keras.utils.PyDataset):
         # Of the current epoch; above 0 where a run goes on inside it.
         self.first_batch = 0
         self.preprocessor = preprocessor or DPOPreprocessor()
-        rows = read_rows(source, split)
-        records, self.report = normalize_records(rows, column_map, ranked)
-        tokenized = self.preprocessor.tokenize(records, progress=verbose)
-        self.pairs = self._keep(tokenized, records)
+        self.report = DataReport()
+        self.records: list[Record] = []
+        self._rows = open_rows(source, split)
+        self._column_map, self._ranked = column_map, ranked
+        self.pairs = self._read_pairs(verbose)
         if verbose:
             for line in self.report.lines():
                 say(line)
-        if not self.pairs:
+        if not self.num_pairs:
             raise ValueError(
                 f"No pair is left of {self.report.num_rows} rows. Dropped: "
                 + "; ".join(
@@ -109,24 +120,54 @@ class PreferenceDataset(keras.utils.PyDataset):
         self._cached_order: tuple[int, list[np.ndarray]] | None = None
         self._read_reference()
 
-    def _keep(
-        self, tokenized: list[Tokenized], records: list[Any]
-    ) -> list[Tokenized]:
-        """Drop what cannot be trained on, and write it into the report."""
-        pairs, rows, self.records = [], [], []
-        for row, record, number in zip(
-            tokenized, records, self.report.rows, strict=True
-        ):
-            if row.dropped is not None:
-                self.report.drop(row.dropped, number)
-                continue
-            pairs.append(row)
-            rows.append(number)
-            self.records.append(record)
-        self.report.rows = rows
-        for cause, number in count_notes(pairs).items():
-            self.report.count(f"rows with {cause}", number)
-        return pairs
+    def _read_pairs(self, verbose: bool) -> TokenizedPairs:
+        if self._rows.is_endless:
+            raise ValueError(
+                f"{self._rows.name} has no end. Give fit steps_per_epoch, or "
+                "make a data.PreferenceStream of it."
+            )
+
+        def pairs() -> Iterator[Tokenized]:
+            for number, pair in self._tokenize(verbose=verbose):
+                self.report.rows.append(number)
+                yield pair
+
+        return TokenizedPairs(pairs())
+
+    def _tokenize(
+        self, first: int = 0, verbose: bool = False
+    ) -> Iterator[tuple[int, Tokenized]]:
+        """(row, pair) of what to train on; the report gets what is dropped.
+
+        Args:
+            first: The row to begin with.
+            verbose: Whether to show how far it is.
+        """
+        rows = islice(iter(self._rows), first, None)
+        numbered = each_record(
+            rows, self.report, self._column_map, self._ranked, first
+        )
+        done, bar, report = 0, None, self.report
+        while part := list(islice(numbered, RECORDS_AT_ONCE)):
+            records = [record for _, record in part]
+            tokenized = self.preprocessor.tokenize(records, done)
+            for (number, record), pair in zip(part, tokenized, strict=True):
+                if pair.dropped is not None:
+                    report.drop(pair.dropped, number)
+                    continue
+                for note in dict.fromkeys(pair.notes):
+                    report.count(f"rows with {note}")
+                report.count("empty answers", _empty_answers(record))
+                whole = not any("prompts trunc" in x for x in pair.notes)
+                if whole and len(self.records) < RECORDS_KEPT:
+                    self.records.append(record)
+                yield number, pair
+            done += len(part)
+            if verbose and done >= RECORDS_AT_ONCE:
+                bar = bar or keras.utils.Progbar(
+                    self._rows.count, unit_name="row"
+                )
+                bar.update(report.num_rows)
 
     # --- Order --------------------------------------------------------------
 
@@ -138,7 +179,7 @@ class PreferenceDataset(keras.utils.PyDataset):
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with its longer completion."""
-        return max(_lengths(pair)[0] for pair in self.pairs)
+        return int(self.pairs.sequence_lengths.max())
 
     @property
     def num_batches(self) -> int:
@@ -187,7 +228,7 @@ class PreferenceDataset(keras.utils.PyDataset):
             # Which batch of its window a pair is dealt to follows from its
             # length: when the batch comes must not.
             return [batches[i] for i in random.permutation(len(batches))]
-        bucket_of = np.array([self._bucket(pair) for pair in self.pairs])
+        bucket_of = self.buckets_of(np.arange(self.num_pairs))
         batches, left = [], np.array([], int)
         for bucket in range(len(self.shapes)):
             members = np.concatenate([left, order[bucket_of[order] == bucket]])
@@ -220,17 +261,13 @@ class PreferenceDataset(keras.utils.PyDataset):
         rest = order[full * self.batch_size :]
         return [*batches, rest] if len(rest) else batches
 
-    def bucket_of(self, index: int) -> int:
-        """Which of `shapes` a pair is padded to."""
-        return self._bucket(self.pairs[index])
-
-    def _bucket(self, pair: Tokenized) -> int:
-        length, tokens = _lengths(pair)
-        return next(
-            i
-            for i, shape in enumerate(self.shapes)
-            if length <= shape[0] and tokens <= shape[1]
-        )
+    def buckets_of(self, indices: np.ndarray) -> np.ndarray:
+        """Which of `shapes` each pair is padded to, `(pairs,)`."""
+        pairs = self.pairs[indices]
+        sizes = np.stack([pairs.sequence_lengths, pairs.completion_lengths])
+        # The first one that holds both.
+        fits = sizes <= np.array(self.shapes)[:, :, None]
+        return fits.all(axis=1).argmax(axis=0)
 
     def in_input_order(
         self, outputs: dict[str, np.ndarray]
@@ -278,7 +315,8 @@ class PreferenceDataset(keras.utils.PyDataset):
         size = self.batch_size
         batch: dict[str, np.ndarray]
         if self.packing is None:
-            length, tokens = self.shapes[max(self._bucket(p) for p in pairs)]
+            bucket = self.buckets_of(np.asarray(indices)).max()
+            length, tokens = self.shapes[bucket]
             token_ids = np.zeros((size, 2, length), "int32")
             batch = {"token_ids": token_ids}
         else:
@@ -322,7 +360,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         """
         dataset = copy.copy(self)
         dataset._cached_order = None
-        dataset.packed_lengths = packing.pair_lengths(self.pairs)
+        dataset.packed_lengths = packing.pair_lengths(self.pairs.lengths)
         if packing.longest_pair is None:
             longest = int(dataset.packed_lengths.max())
             packing = dataclasses.replace(packing, longest_pair=longest)
@@ -351,7 +389,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         rows = packing.num_rows(self.batch_size)
         computed = rows * sum(packing.row_length(total) for total in totals)
         separate = dataclasses.replace(packing, share_prompt=False)
-        apart = separate.pair_lengths(self.pairs).sum()
+        apart = separate.pair_lengths(self.pairs.lengths).sum()
         lengths = ", ".join(f"{length:,}" for length in packing.lengths)
         text = (
             f"Rows of {lengths} tokens, {rows} a batch, "
@@ -370,30 +408,18 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     def _read_reference(self) -> None:
         """Take whole-completion log-probs from the records."""
-        names = ("reference_chosen_log_prob", "reference_rejected_log_prob")
-        given = [
-            i
-            for i, pair in enumerate(self.pairs)
-            if all(name in pair.extras for name in names)
-        ]
-        self.reference_is_summed = bool(given)
-        if not given:
+        sums = np.stack([self.pairs.extra(name) for name in SUM_FIELDS])
+        given = ~np.isnan(sums).any(axis=0)
+        self.reference_is_summed = bool(given.any())
+        if not given.any():
             return
-        if len(given) < self.num_pairs:
-            lacking = next(i for i in range(self.num_pairs) if i not in given)
+        if not given.all():
             raise ValueError(
                 "Reference log-probs must be there for every row or for none. "
-                f"Received: none for row {self.report.rows[lacking]}, some for "
-                f"row {self.report.rows[given[0]]}."
+                f"Received: none for row {self.report.rows[given.argmin()]}, "
+                f"some for row {self.report.rows[given.argmax()]}."
             )
-        self._reference = []
-        for pair in self.pairs:
-            # A sum stands at the first scored token: sums come out right.
-            stored = np.zeros((2, max(_lengths(pair)[1], 1)), "float32")
-            for side, _, scored in _sides(pair):
-                first = 0 if scored is None else scored.index(True)
-                stored[side, first] = pair.extras[names[side]]
-            self._reference.append(stored)
+        self._reference = _SummedReference(self.pairs)
 
     def use_reference(self, stored: Any) -> None:
         """Take reference log-probs from `stored[pair]`, `(2, tokens)`."""
@@ -412,7 +438,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         for part in indices:
             dataset = copy.copy(self)
             dataset.shuffle = False
-            dataset.pairs = [self.pairs[i] for i in part]
+            dataset.pairs = self.pairs[part]
             dataset.batch_size = round_up(size, self.batch_size)
             dataset._reference = None
             dataset._cached_order = None
@@ -420,8 +446,16 @@ class PreferenceDataset(keras.utils.PyDataset):
         return parts
 
     def _mean_pair_length(self) -> int:
-        lengths = [_lengths(pair)[0] for pair in self.pairs]
-        return 2 * sum(lengths) // len(lengths)
+        return int(2 * self.pairs.sequence_lengths.mean())
+
+    # --- Going on after a stop ---------------------------------------------
+
+    def get_state(self) -> dict[str, Any]:
+        """What a backup keeps beyond the place in the data, as JSON."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take what `get_state` gave."""
 
     # --- Checks -------------------------------------------------------------
 
@@ -452,16 +486,17 @@ class PreferenceDataset(keras.utils.PyDataset):
                     f"Received: {tokenizer.vocabulary_size} tokens, "
                     f"{vocabulary} rows. Use the policy's own tokenizer."
                 )
-            for row, pair in zip(self.report.rows, self.pairs, strict=True):
-                largest = max(map(max, (pair.prompt_ids, *pair[1:3])))
-                if largest >= vocabulary:
-                    raise ValueError(
-                        f"Row {row} holds token id {largest}, beyond the "
-                        f"policy's vocabulary of {vocabulary}."
-                    )
+            largest = self.pairs.largest_ids
+            beyond = np.flatnonzero(largest >= vocabulary)
+            if len(beyond):
+                raise ValueError(
+                    f"Row {self.report.rows[beyond[0]]} holds token id "
+                    f"{largest[beyond[0]]}, beyond the policy's vocabulary of "
+                    f"{vocabulary}."
+                )
         loss = model.preference_loss
-        weights = {pair.extras.get("weight", 1.0) for pair in self.pairs}
-        if loss.sorts_pairs and weights != {1.0}:
+        weights = np.nan_to_num(self.pairs.extra("weight"), nan=1.0)
+        if loss.sorts_pairs and (weights != 1).any():
             raise ValueError(
                 f"{type(loss).__name__} sorts the pairs of a batch, so "
                 "per-pair weights would go to the wrong pairs. Remove the "
@@ -476,35 +511,6 @@ class PreferenceDataset(keras.utils.PyDataset):
             )
 
 
-def make_dataset(
-    source: Any,
-    preprocessor: DPOPreprocessor | None,
-    batch_size: int | None,
-    shuffle: bool,
-    steps: int | None = None,
-) -> PreferenceDataset:
-    """The dataset itself, or one made of what `fit` was given."""
-    if isinstance(source, PreferenceDataset):
-        if batch_size not in (None, source.batch_size):
-            raise ValueError(
-                "The PreferenceDataset already has a batch size. Received: "
-                f"batch_size={batch_size}, dataset.batch_size="
-                f"{source.batch_size}. Leave batch_size out."
-            )
-        dataset = source
-    else:
-        dataset = PreferenceDataset(
-            source,
-            preprocessor,
-            batch_size or DEFAULT_BATCH_SIZE,
-            shuffle=shuffle,
-        )
-    if steps is not None:
-        dataset = copy.copy(dataset)
-        dataset.steps_per_epoch = steps
-    return dataset
-
-
 def _sides(pair: Tokenized) -> list[tuple[int, list[int], Any]]:
     return [
         (0, pair.chosen_ids, pair.chosen_scored),
@@ -512,18 +518,39 @@ def _sides(pair: Tokenized) -> list[tuple[int, list[int], Any]]:
     ]
 
 
-def _lengths(pair: Tokenized) -> tuple[int, int]:
-    """(prompt with longer completion, longer completion), in tokens."""
-    tokens = max(len(pair.chosen_ids), len(pair.rejected_ids))
-    return len(pair.prompt_ids) + tokens, tokens
+class _SummedReference:
+    """Log-probs of whole completions, as if of their first scored token."""
+
+    def __init__(self, pairs: TokenizedPairs) -> None:
+        self._pairs = pairs
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """`(2, tokens)` of a pair: sums come out right."""
+        pair = self._pairs[index]
+        width = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        stored = np.zeros((2, width), "float32")
+        for side, _, scored in _sides(pair):
+            first = 0 if scored is None else scored.index(True)
+            stored[side, first] = pair.extras[SUM_FIELDS[side]]
+        return stored
+
+
+def _empty_answers(record: Record) -> int:
+    count = 0
+    for side in ("chosen", "rejected"):
+        answer = record.get(side, "x")
+        if isinstance(answer, list):
+            answer = "".join(message["content"] for message in answer)
+        count += not answer.strip()
+    return count
 
 
 def _choose_shapes(
-    pairs: list[Tokenized], buckets: Sequence[int] | None
+    pairs: TokenizedPairs, buckets: Sequence[int] | None
 ) -> list[tuple[int, int]]:
     """(length, tokens) of each bucket in use, ascending in both."""
-    lengths = [_lengths(pair) for pair in pairs]
-    longest = max(length for length, _ in lengths)
+    lengths, completions = pairs.sequence_lengths, pairs.completion_lengths
+    longest = int(lengths.max())
     if buckets is None:
         buckets = [b for b in DEFAULT_BUCKETS if b < longest]
         # Past the last power of two, the next multiple of 64.
@@ -540,10 +567,10 @@ def _choose_shapes(
     shapes: list[tuple[int, int]] = []
     lower = 0
     for bucket in buckets:
-        inside = [t for length, t in lengths if lower < length <= bucket]
+        inside = completions[(lower < lengths) & (lengths <= bucket)]
         lower = bucket
-        if inside:
-            tokens = min(round_up(max(inside), 32), bucket)
+        if len(inside):
+            tokens = min(round_up(inside.max(), 32), bucket)
             # Leftovers of a shorter bucket must fit, too.
             tokens = max([tokens, *(shape[1] for shape in shapes)])
             shapes.append((bucket, tokens))

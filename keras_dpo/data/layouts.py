@@ -135,10 +135,11 @@ def from_ids(row: Row, every: bool) -> list[Record]:
     for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
         ids = row.get(field)
         good = isinstance(ids, list) and all(
-            type(token) is int and token >= 0 for token in ids
+            type(token) is int and 0 <= token < 2**31 for token in ids
         )
         if not good or not ids:
-            raise RowError(field, "a non-empty list of token ids >= 0", ids)
+            wanted = "a non-empty list of token ids >= 0 and < 2**31"
+            raise RowError(field, wanted, ids)
         record[field] = ids
     return [record]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_dpo.data.pairs import lengths_of
 from keras_dpo.preprocessor import Tokenized
 
 # Tokens of a block of attention; row lengths are multiples of it.
@@ -65,17 +66,13 @@ class Packing:
         device = place // (pairs // self.devices)
         return device * self.micro_batches + place % self.micro_batches
 
-    def pair_lengths(self, pairs: Sequence[Tokenized]) -> np.ndarray:
-        """Tokens that each pair takes in a row, `(pairs,)`."""
-        prompts = 1 if self.share_prompt else 2
-        return np.array(
-            [
-                prompts * len(p.prompt_ids)
-                + len(p.chosen_ids)
-                + len(p.rejected_ids)
-                for p in pairs
-            ]
-        )
+    def pair_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens that each pair takes in a row, `(pairs,)`.
+
+        Args:
+            lengths: Of prompt, chosen and rejected, `(pairs, 3)`.
+        """
+        return lengths @ [1 if self.share_prompt else 2, 1, 1]
 
     def row_length(self, tokens: int) -> int:
         """The row length that holds so many tokens."""
@@ -218,7 +215,8 @@ def pack_batch(
     row_of = packing.row_of(size)
     rows = packing.num_rows(size)
     totals = np.zeros(rows, int)
-    np.add.at(totals, row_of[: len(pairs)], packing.pair_lengths(pairs))
+    taken = packing.pair_lengths(lengths_of(pairs))
+    np.add.at(totals, row_of[: len(pairs)], taken)
     length = packing.row_length(max(totals.max(), 1))
     batch = {
         "row_ids": np.zeros((rows, length), "int32"),

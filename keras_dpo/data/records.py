@@ -1,7 +1,7 @@
 """Rows as they are found -> records of prompt, chosen and rejected."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from keras_dpo.data import layouts
 from keras_dpo.data.layouts import Record, Row, RowError, TieError
@@ -97,31 +97,50 @@ def normalize_records(
     >>> records
     [{'prompt': '2+2?', 'chosen': '4', 'rejected': '5'}]
     """
+    report = DataReport()
+    numbered = list(each_record(rows, report, column_map, ranked))
+    report.rows = [number for number, _ in numbered]
+    return [record for _, record in numbered], report
+
+
+def each_record(
+    rows: Iterable[Row],
+    report: DataReport,
+    column_map: Mapping[str, str] | None = None,
+    ranked: str = "best_vs_worst",
+    first: int = 0,
+) -> Iterator[tuple[int, Record]]:
+    """(row number, record) one by one; see `normalize_records`.
+
+    What happened on the way is written into the report; its `rows` are left
+    to the caller. `first` is the number of the first row.
+    """
     if ranked not in ("best_vs_worst", "all"):
         raise ValueError(
             "`ranked` must be 'best_vs_worst' or 'all'. Received: "
             f"ranked={ranked!r}."
         )
-    rows = [_renamed(row, n, column_map) for n, row in enumerate(rows)]
-    if not rows:
-        raise ValueError("No rows: nothing to train on.")
-    layout = layouts.detect(rows[0])
-    report = DataReport(layout.name, len(rows))
-    columns = {key for row in rows for key in row}
+    layout = None
+    unused: set[str] = set()
     scores = [name for pair in SCORE_COLUMNS for name in pair]
-    report.unused_columns = sorted(
-        columns - set(layout.columns) - set(EXTRA_FIELDS) - set(scores)
-    )
-    records = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
+        row = _renamed(row, number, column_map)
+        if layout is None:
+            layout = layouts.detect(row)
+            report.layout = layout.name
+            used = {*layout.columns, *EXTRA_FIELDS, *scores}
+        report.num_rows += 1
+        unused |= row.keys() - used
         for record in _convert(layout, row, number, ranked, report):
             if _same(record):
                 report.drop("identical pairs", number)
                 continue
-            records.append(record)
-            report.rows.append(number)
-    report.example = records[0] if records else None
-    return records, report
+            if report.example is None:
+                report.example = record
+            yield number, record
+    if layout is None and first == 0:
+        raise ValueError("No rows: nothing to train on.")
+    report.unused_columns = sorted({*report.unused_columns, *unused})
 
 
 def _convert(

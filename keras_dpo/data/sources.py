@@ -4,16 +4,73 @@ import csv
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")
+ROWS_AT_ONCE = 1024
+
+
+class Rows:
+    """Rows read one by one, each time from the first.
+
+    Args:
+        read: Begins to read.
+        name: What messages call the source.
+        count: How many there are, where that is known without reading.
+        is_endless: Whether they never end, where that is known.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Iterable[Any]],
+        name: str,
+        count: int | None = None,
+        is_endless: bool = False,
+    ) -> None:
+        self.read, self.name, self.count = read, name, count
+        self.is_endless = is_endless
+
+    @property
+    def is_iterator(self) -> bool:
+        """Whether they can be read only once."""
+        begun = self.read()
+        return iter(begun) is begun and begun is self.read()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        number = -1
+        for number, row in enumerate(self.read()):
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"Row {number} must be a mapping of column names to "
+                    f"values. Received: {type(row).__name__}."
+                )
+            yield _plain(row)
+        if number < 0:
+            raise ValueError(f"No rows in {self.name}: nothing to train on.")
 
 
 def read_rows(source: Any, split: str | None = None) -> list[dict[str, Any]]:
     """All rows of a source, as plain Python data.
+
+    Args:
+        source: See `open_rows`.
+        split: Such as `"train"` or `"train[:10%]"`; for files too.
+
+    Raises:
+        ValueError: The source is empty, or cannot be read.
+    """
+    return list(open_rows(source, split))
+
+
+def open_rows(source: Any, split: str | None = None) -> Rows:
+    """The rows of a source, as plain Python data, read when they are needed.
+
+    A json file, and an iterator that is sliced, are held in memory; all else
+    is read row by row.
 
     Args:
         source: A list of mappings; a path to a jsonl, json, parquet or csv
@@ -23,107 +80,133 @@ def read_rows(source: Any, split: str | None = None) -> list[dict[str, Any]]:
         split: Such as `"train"` or `"train[:10%]"`; for files too.
 
     Raises:
-        ValueError: The source is empty, or cannot be read.
+        ValueError: The source cannot be read.
     """
+    if isinstance(source, Rows):
+        return _slice(source, split)
     if isinstance(source, str | os.PathLike):
-        rows = _read_path(os.fspath(source), split)
-    elif hasattr(source, "as_dataset") and hasattr(source, "info"):
-        rows = _numpy_rows(source.as_dataset(split=split or "train"))
-    elif hasattr(source, "as_numpy_iterator"):
-        rows = _slice(list(source.as_numpy_iterator()), split)
-    elif isinstance(source, Mapping):
+        return _open_path(os.fspath(source), split)
+    name = f"the {type(source).__name__}"
+    if hasattr(source, "as_dataset") and hasattr(source, "info"):
+        return _tfds_rows(source.as_dataset(split=split or "train"), name)
+    if isinstance(source, Mapping):
         raise ValueError(
             "A source of pairs must hold rows. Received: one mapping with "
             f"{', '.join(map(str, source))}. Name the split: "
             f"{', '.join(f'data[{key!r}]' for key in source)}."
         )
-    elif isinstance(source, Iterable):
-        rows = _slice(list(source), split)
-    else:
+    if hasattr(source, "as_numpy_iterator"):
+        # TensorFlow's number for infinite.
+        is_endless = int(source.cardinality()) == -1
+        read = source.as_numpy_iterator
+        return _slice(Rows(read, name, is_endless=is_endless), split)
+    if not isinstance(source, Iterable):
         raise ValueError(
             "A source of pairs must be a list of records, a path, or a "
             f"datasets, tf.data, TFDS or grain dataset. Received: "
             f"{type(source).__name__}."
         )
-    if not rows:
-        raise ValueError(f"No rows in {_name(source)}: nothing to train on.")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"Row {number} must be a mapping of column names to values. "
-                f"Received: {type(row).__name__}."
-            )
-    return [_plain(row) for row in rows]
+    return _slice(_rows_of(source, name), split)
 
 
-def _name(source: Any) -> str:
+def has_length(source: Any) -> bool:
+    """Whether a source is known to end: a path, or what has a length."""
     if isinstance(source, str | os.PathLike):
-        return repr(os.fspath(source))
-    return f"the {type(source).__name__}"
+        return True
+    try:
+        return len(source) >= 0
+    except TypeError:
+        return False
 
 
-def _read_path(path: str, split: str | None) -> Sequence[Any]:
+def _rows_of(source: Iterable[Any], name: str) -> Rows:
+    count = len(source) if isinstance(source, Sized) else None
+    return Rows(lambda: source, name, count)
+
+
+def _open_path(path: str, split: str | None) -> Rows:
+    name = repr(path)
     if path.startswith("tfds:"):
         import tensorflow_datasets as tfds
 
-        return _numpy_rows(
-            tfds.load(path.removeprefix("tfds:"), split=split or "train")
-        )
+        loaded = tfds.load(path.removeprefix("tfds:"), split=split or "train")
+        return _tfds_rows(loaded, name)
     file = pathlib.Path(path)
     if file.is_file():
-        return _slice(_read_file(file), split)
+        return _slice(_open_file(file), split)
     import datasets
 
     if file.is_dir():
         loaded = datasets.load_from_disk(path)
         if isinstance(loaded, Mapping):
             loaded = loaded[(split or "train").split("[")[0]]
-        return _slice(list(loaded), split)
+        return _slice(_rows_of(loaded, name), split)
     if file.suffix in FILE_TYPES:
         raise ValueError(f"There is no file {path!r}.")
     try:
-        return list(datasets.load_dataset(path, split=split or "train"))
+        loaded = datasets.load_dataset(path, split=split or "train")
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"No file {path!r}, and the Hugging Face hub gives no such "
             f"dataset: {reason}"
         ) from error
+    return _rows_of(loaded, name)
 
 
-def _read_file(file: pathlib.Path) -> Sequence[Any]:
+def _open_file(file: pathlib.Path) -> Rows:
+    name = repr(str(file))
     if file.stat().st_size == 0:
-        raise ValueError(f"The file {str(file)!r} is empty.")
+        raise ValueError(f"The file {name} is empty.")
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(file).to_pylist()
-    if file.suffix not in FILE_TYPES:
+        table = pyarrow.parquet.ParquetFile(file, memory_map=True)
+        return Rows(
+            lambda: chain.from_iterable(
+                part.to_pylist() for part in table.iter_batches(ROWS_AT_ONCE)
+            ),
+            name,
+            table.metadata.num_rows,
+        )
+    if file.suffix == ".jsonl":
+        return Rows(lambda: _read_json_lines(file), name)
+    if file.suffix == ".csv":
+        return Rows(lambda: csv.DictReader(_read_lines(file)), name)
+    if file.suffix != ".json":
         raise ValueError(
             f"A file of pairs must be one of {', '.join(FILE_TYPES)}. "
-            f"Received: {str(file)!r}."
+            f"Received: {name}."
         )
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"The file {str(file)!r} must be UTF-8: byte {error.start} is not."
-        ) from error
-    if file.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    if file.suffix == ".jsonl":
-        return [
-            _parse_json(line, f"line {number} of {str(file)!r}")
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-    rows = _parse_json(text, f"the file {str(file)!r}")
+    rows = _parse_json("".join(_read_lines(file)), f"the file {name}")
     if not isinstance(rows, list):
         raise ValueError(
-            f"The file {str(file)!r} must hold a list of rows. Received: "
+            f"The file {name} must hold a list of rows. Received: "
             f"{type(rows).__name__}. One object a line is .jsonl."
         )
-    return rows
+    return Rows(lambda: rows, name, len(rows))
+
+
+def _read_lines(file: pathlib.Path) -> Iterator[str]:
+    """Lines with their ends; only a newline ends a line."""
+    done = 0
+    with open(file, "rb") as lines:
+        for line in lines:
+            try:
+                text = line.decode("utf-8-sig" if done == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"The file {str(file)!r} must be UTF-8: byte "
+                    f"{done + error.start} is not."
+                ) from error
+            done += len(line)
+            yield text
+
+
+def _read_json_lines(file: pathlib.Path) -> Iterator[Any]:
+    for number, line in enumerate(_read_lines(file), 1):
+        if line.strip():
+            yield _parse_json(line, f"line {number} of {str(file)!r}")
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -133,22 +216,35 @@ def _parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not JSON: {error}") from error
 
 
-def _slice(rows: Sequence[Any], split: str | None) -> Sequence[Any]:
+def _slice(rows: Rows, split: str | None) -> Rows:
     """The part of the rows that `"train[:10%]"` names, as `datasets` does."""
     if not split or "[" not in split:
         return rows
     import datasets
 
+    held, count = None, rows.count
+    if count is None and rows.is_iterator:
+        held = list(rows.read())
+    if count is None:
+        count = len(held) if held is not None else sum(1 for _ in rows.read())
     name = split.split("[")[0]
-    parts = datasets.ReadInstruction.from_spec(split)
-    parts = parts.to_absolute({name: len(rows)})
-    return [row for part in parts for row in rows[part.from_ : part.to]]
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: count})
+
+    def read_parts() -> Iterator[Any]:
+        for part in parts:
+            every = rows.read() if held is None else held
+            yield from islice(every, part.from_, part.to)
+
+    return Rows(
+        read_parts, rows.name, sum(part.to - part.from_ for part in parts)
+    )
 
 
-def _numpy_rows(dataset: Any) -> list[Any]:
+def _tfds_rows(dataset: Any, name: str) -> Rows:
     import tensorflow_datasets as tfds
 
-    return list(tfds.as_numpy(dataset))
+    rows = tfds.as_numpy(dataset)
+    return Rows(lambda: rows, name)
 
 
 def _plain(value: Any) -> Any:
