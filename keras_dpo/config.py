@@ -66,6 +66,8 @@ class DPOConfig:
             (query and value) if left out.
         dataset_name: Pairs to train on: a file, a hub dataset or `tfds:NAME`.
         dataset_split: Such as `train[:10%]`.
+        streaming: Whether pairs are read as training comes to them, not all
+            before; it needs `max_steps`, which the epochs share.
         validation_dataset_name: Pairs to validate on, if not a share of
             `dataset_name`.
         validation_split: Split of the validation pairs, or of `dataset_name`
@@ -144,6 +146,7 @@ class DPOConfig:
 
     dataset_name: str = ""
     dataset_split: str = "train"
+    streaming: bool = False
     validation_dataset_name: str | None = None
     validation_split: str | None = None
     column_map: dict[str, str] | None = None
@@ -282,6 +285,16 @@ class DPOConfig:
                 f"reference={self.reference!r}, reference_free="
                 f"{self.reference_free}. A precomputed reference cannot be "
                 "synced: use reference=initial."
+            )
+        if self.streaming and self.max_steps is None:
+            raise ValueError(
+                "`streaming` needs `max_steps`: nobody knows how long a "
+                "stream is. Received: max_steps=None."
+            )
+        if self.streaming and self.reference == "precomputed":
+            raise ValueError(
+                "`streaming` goes with a reference that is run. Received: "
+                "reference='precomputed', which reads all pairs before."
             )
         if self.mesh is not None:
             parse_mesh(self.mesh)

@@ -390,8 +390,11 @@ class DPOModel(PreferenceSteps):
         elif self._at_step_zero():
             FirstBatchCheck(self).run(train.make_batch(train.batch_indices(0)))
         stop = StopBetweenSteps(backup)
-        # A backup is written when the others have done their part of a step.
-        last = [stop] if backup is None else [backup, stop]
+        # A backup is written when the others have done their part of a step;
+        # Keras would put its history behind it.
+        last: list[Any] = [stop] if backup is None else [backup, stop]
+        if not any(isinstance(x, keras.callbacks.History) for x in others):
+            last.insert(0, keras.callbacks.History())
         self._fitting = True
         try:
             with resumable_epochs(), stop:

@@ -18,6 +18,7 @@ from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.sources import open_rows
+from keras_dpo.data.stream import PreferenceStream
 from keras_dpo.distribution import (
     is_main_process,
     set_mesh,
@@ -316,31 +317,40 @@ def make_datasets(
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """The training pairs and, if asked for, the validation pairs."""
 
-    def make(name: str, split: str | None, size: int, shuffle: bool) -> Any:
-        return PreferenceDataset(
-            name,
-            preprocessor,
-            size,
-            shuffle=shuffle,
-            split=split,
-            seed=config.seed,
-            column_map=config.column_map,
+    common: dict[str, Any] = {
+        "preprocessor": preprocessor,
+        "seed": config.seed,
+        "column_map": config.column_map,
+    }
+    training: PreferenceDataset
+    if config.streaming:
+        steps = math.ceil((config.max_steps or 0) / config.num_train_epochs)
+        training = PreferenceStream(
+            config.dataset_name,
+            batch_size=config.total_batch_size,
+            steps_per_epoch=steps,
+            split=config.dataset_split,
+            **common,
         )
-
-    training = make(
-        config.dataset_name, config.dataset_split, config.total_batch_size, True
-    )
+    else:
+        training = PreferenceDataset(
+            config.dataset_name,
+            batch_size=config.total_batch_size,
+            split=config.dataset_split,
+            **common,
+        )
     name = config.validation_dataset_name
     if name is None and config.validation_split is None:
         return training, None
     size = config.evaluation_batch_size or (
         config.total_batch_size // config.gradient_accumulation_steps
     )
-    validation = make(
+    validation = PreferenceDataset(
         name or config.dataset_name,
-        config.validation_split or "train",
-        size,
-        False,
+        batch_size=size,
+        shuffle=False,
+        split=config.validation_split or "train",
+        **common,
     )
     shared = training.pairs.shared_prompts(validation.pairs)
     if shared:

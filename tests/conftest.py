@@ -12,14 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 # Tests compile hundreds of small steps that run for milliseconds: machine
-# code without LLVM's costly passes saves a third of that time.
-QUICK_COMPILATION = (
-    "--xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}".strip()
-)
+# code without LLVM's costly passes is there sooner. See `_optimized`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax  # noqa: E402
 import keras  # noqa: E402
@@ -46,7 +40,7 @@ def environment_of_devices(count):
     return {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": f"{QUICK_COMPILATION} {devices}",
+        "XLA_FLAGS": devices,
     }
 
 
@@ -85,6 +79,15 @@ def _clean_keras():
 def _own_cache(tmp_path, monkeypatch):
     """What is cached on disk stays with the test."""
     monkeypatch.setenv("KERAS_DPO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _optimized(request):
+    """Tests of the real model run longer than they compile."""
+    if "smollm2" in request.fixturenames:
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -181,6 +181,27 @@ def test_history_and_early_stopping_go_on(tmp_path):
     assert len(found[0]["loss"]) == 3
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_backup_at_an_epoch_s_end_holds_its_history(own, tmp_path):
+    """A run that is killed before the next epoch's first backup."""
+
+    def crash(epoch, logs=None):
+        if epoch == 1:
+            raise RuntimeError("crash")
+
+    def history(directory, *callbacks):
+        model = model_of()
+        mine = [keras.callbacks.History()] if own else []
+        run(directory, model=model, callbacks=[*callbacks, *mine], every=1)
+        return model.history.history
+
+    expected = history(tmp_path / "a")
+    stop = keras.callbacks.LambdaCallback(on_epoch_begin=crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        history(tmp_path / "b", stop)
+    assert history(tmp_path / "b") == expected
+
+
 def test_metrics_file_has_every_step_once(tmp_path):
     def train(directory, *more):
         metrics = MetricsFile(directory / "metrics.jsonl", every=1)

@@ -66,7 +66,9 @@ def read_rows(source: Any, split: str | None = None) -> list[dict[str, Any]]:
     return list(open_rows(source, split))
 
 
-def open_rows(source: Any, split: str | None = None) -> Rows:
+def open_rows(
+    source: Any, split: str | None = None, streaming: bool = False
+) -> Rows:
     """The rows of a source, as plain Python data, read when they are needed.
 
     A json file, and an iterator that is sliced, are held in memory; all else
@@ -78,6 +80,8 @@ def open_rows(source: Any, split: str | None = None) -> Rows:
             Hugging Face hub; `"tfds:NAME"`; a `datasets.Dataset`; a TFDS
             builder; a `tf.data` or grain dataset of mappings.
         split: Such as `"train"` or `"train[:10%]"`; for files too.
+        streaming: Whether a dataset of the hub is read over the network as it
+            is needed, not downloaded before.
 
     Raises:
         ValueError: The source cannot be read.
@@ -85,7 +89,7 @@ def open_rows(source: Any, split: str | None = None) -> Rows:
     if isinstance(source, Rows):
         return _slice(source, split)
     if isinstance(source, str | os.PathLike):
-        return _open_path(os.fspath(source), split)
+        return _open_path(os.fspath(source), split, streaming)
     name = f"the {type(source).__name__}"
     if hasattr(source, "as_dataset") and hasattr(source, "info"):
         return _tfds_rows(source.as_dataset(split=split or "train"), name)
@@ -124,7 +128,7 @@ def _rows_of(source: Iterable[Any], name: str) -> Rows:
     return Rows(lambda: source, name, count)
 
 
-def _open_path(path: str, split: str | None) -> Rows:
+def _open_path(path: str, split: str | None, streaming: bool) -> Rows:
     name = repr(path)
     if path.startswith("tfds:"):
         import tensorflow_datasets as tfds
@@ -144,7 +148,9 @@ def _open_path(path: str, split: str | None) -> Rows:
     if file.suffix in FILE_TYPES:
         raise ValueError(f"There is no file {path!r}.")
     try:
-        loaded = datasets.load_dataset(path, split=split or "train")
+        loaded = datasets.load_dataset(
+            path, split=split or "train", streaming=streaming
+        )
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

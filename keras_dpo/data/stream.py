@@ -57,6 +57,8 @@ class PreferenceStream(PreferenceDataset):
             pair.
     """
 
+    streaming = True
+
     def __init__(
         self,
         source: Any,
