@@ -82,9 +82,9 @@ class DPOModel(PreferenceSteps):
         prompt_sharing: `"auto"` computes a prompt once per pair where the
             family is proven; False, with each completion.
         attention: `"auto"`; `"blocks"` (loops over blocks of keys, for CPU)
-            and `"fused"` (`jax.nn.dot_product_attention`, for GPU and TPU) keep
-            no scores; `"keras"` is the family's own attention, on padded
-            sequences: no packing, no sharing.
+            and `"fused"` (`jax.nn.dot_product_attention` on GPU, the splash
+            kernel on TPU) keep no scores; `"keras"` is the family's own
+            attention, on padded sequences: no packing, no sharing.
         remat: `"layers"` computes each decoder layer again in the backward
             pass instead of keeping its values; `"none"`; `"auto"`, layers where
             the step would not fit the memory otherwise.

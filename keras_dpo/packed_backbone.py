@@ -8,6 +8,7 @@ duration of a call. `tests/test_packed_backbone.py` tells when upstream changes.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -259,15 +260,28 @@ def _over_sequences(
     rows = query.shape[0]
     tokens = batch["sequence_slots"].shape[-1]
     lengths = batch["prompt_lengths"] + batch["completion_lengths"]
-    return attend_in_sequences(
+    splash = _attends_by_splash()
+    attend = functools.partial(
+        attend_in_sequences, settings=settings, splash=splash
+    )
+    # XLA cannot split the kernel over devices itself.
+    return (over_rows(attend) if splash else attend)(
         query,
         key,
         value,
         batch["sequence_slots"].reshape(rows, -1, tokens),
         batch["row_slots"],
         lengths.reshape(rows, -1),
-        settings,
     )
+
+
+def _attends_by_splash() -> bool:
+    """Whether TPU's kernel runs: each device must have whole heads."""
+    distribution = keras.distribution.distribution()
+    devices = (
+        1 if distribution is None else distribution.device_mesh.devices.size
+    )
+    return jax.default_backend() == "tpu" and devices == data_parallel_size()
 
 
 def _over_blocks(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_dpo.data.packing import BLOCK, SEGMENTS
+from keras_dpo.splash_attention import splash_attention
 
 Array = jax.Array
 MASKED = -1e30
@@ -289,8 +290,9 @@ def attend_in_sequences(
     row_slots: Array,
     lengths: Array,
     settings: Settings,
+    splash: bool = False,
 ) -> Array:
-    """The same, on whole sequences, with `jax.nn.dot_product_attention`.
+    """The same, on whole sequences, with a fused kernel of JAX.
 
     A shared prompt's attention is computed with both completions; all else of
     the model is not.
@@ -303,6 +305,8 @@ def attend_in_sequences(
         row_slots: `(rows, length)`, places in the flat sequences.
         lengths: `(rows, sequences)`, tokens of each sequence.
         settings: The layer's scale, window and soft cap.
+        splash: Whether by TPU's splash kernel, not
+            `jax.nn.dot_product_attention`.
     """
     rows, length, groups, queries, head = query.shape
     _, sequences, tokens = sequence_slots.shape
@@ -315,7 +319,15 @@ def attend_in_sequences(
     query = query.reshape(rows, length, groups * queries, head)
     inputs = spread(query), spread(key), spread(value)
     lengths = lengths.reshape(-1)
-    if settings.soft_cap is None:
+    if splash:
+        output = splash_attention(
+            *inputs,
+            lengths,
+            settings.scale,
+            settings.window,
+            settings.soft_cap,
+        )
+    elif settings.soft_cap is None:
         output = _fused_attention(*inputs, lengths, settings)
     else:
         output = _capped_attention(
@@ -354,7 +366,7 @@ def _capped_attention(
     settings: Settings,
     cap: float,
 ) -> Array:
-    """Soft-capped scores, which no fused kernel of JAX has."""
+    """Soft-capped scores, which `dot_product_attention` has not."""
     rows, tokens, heads, head = query.shape
     groups = key.shape[2]
     query = query.reshape(rows, tokens, groups, heads // groups, head)

@@ -18,7 +18,7 @@ from keras_dpo.callbacks import MetricsFile, ReferenceSync, TrainingBackup
 SCRIPT = ROOT / "tests" / "training_run.py"
 KINDS = ["full", "lora", "sync", "accumulation", "precomputed"]
 # By hand: KERAS_DPO_KILLS=50.
-KILLS = int(os.environ.get("KERAS_DPO_KILLS", 3))
+KILLS = int(os.environ.get("KERAS_DPO_KILLS", 2))
 
 
 def start(directory, kinds, **options):

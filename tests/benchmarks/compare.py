@@ -13,6 +13,7 @@ within one run of this script.
 import argparse
 import json
 import pathlib
+import random
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,10 @@ names = ("prompt_ids", "chosen_ids", "rejected_ids")
 json.dump([{{n: list(getattr(p, n)) for n in names}} for p in pairs],
     open({str(path)!r}, "w"))
 """
-    subprocess.run([args.ours, "-c", script], check=True, cwd=ROOT)
+    if args.tokens:
+        write_equal_records(args, path)
+    else:
+        subprocess.run([args.ours, "-c", script], check=True, cwd=ROOT)
     records = json.loads(path.read_text())
     lengths = [
         (len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"]))
@@ -51,6 +55,22 @@ json.dump([{{n: list(getattr(p, n)) for n in names}} for p in pairs],
         f"{len(records)} pairs, {sum(2 * p + c + r for p, c, r in lengths)} "
         f"tokens; {sum(p + c + r for p, c, r in lengths)} with prompts once"
     )
+
+
+def write_equal_records(args, path):
+    """Random pairs, each sequence of as many tokens, half of them prompt."""
+    generator = random.Random(0)
+
+    def ids(size):
+        return [generator.randrange(100, 1000) for _ in range(size)]
+
+    half = args.tokens // 2
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    records = [
+        {name: ids(half) for name in names}
+        for _ in range(args.pairs * args.steps)
+    ]
+    path.write_text(json.dumps(records))
 
 
 def run(args, side, setting, records):
@@ -106,6 +126,11 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        help="random pairs of so many tokens instead of the demo's",
+    )
     parser.add_argument("--lora_rank", type=int, default=0)
     parser.add_argument("--longest_prompts", action="store_true")
     parser.add_argument("--timeout", type=float, default=3600)
