@@ -11,8 +11,14 @@ from subprocess import PIPE, Popen, TimeoutExpired
 import jax
 import numpy as np
 import pytest
-from conftest import environment_of_devices
+from conftest import (
+    environment_of_devices,
+    random_pairs,
+    tiny_policy,
+    values_of,
+)
 
+import keras_dpo
 from keras_dpo.callbacks import training_backup
 from keras_dpo.distribution import start_processes
 
@@ -64,16 +70,20 @@ print("RESULT" + json.dumps(dict(
 
 def start(mesh, directory, processes=1, epochs=2, every=2, pause=0.0):
     directory.mkdir(exist_ok=True)
+    options = map(str, (mesh, directory, epochs, every, pause))
+    devices = 8 // processes if mesh != "one" else 1
+    return launch(["-c", SCRIPT, *options], processes, devices)
+
+
+def launch(arguments, processes, devices):
+    """Python processes that meet, each with so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    count = 8 // processes if mesh != "one" else 1
-    options = map(str, (mesh, directory, epochs, every, pause))
-    command = [sys.executable, "-c", SCRIPT, *options]
     started = []
     for index in range(processes):
         environment = {
-            **environment_of_devices(count),
+            **environment_of_devices(devices),
             # XLA's threads: as many as devices that wait for each other, or
             # on few cores they wait forever.
             "NPROC": "16",
@@ -85,7 +95,13 @@ def start(mesh, directory, processes=1, epochs=2, every=2, pause=0.0):
                 "JAX_PROCESS_ID": str(index),
             }
         started.append(
-            Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True)
+            Popen(
+                [sys.executable, *arguments],
+                env=environment,
+                stdout=PIPE,
+                stderr=PIPE,
+                text=True,
+            )
         )
     return started
 
@@ -187,6 +203,38 @@ def test_one_is_told_to_end_and_all_go_on_with_the_same_bits(root, many):
     for status, _, err in outputs(started):
         assert status == 75, err[-3000:]
     assert run(MESH, root / "told", PROCESSES, every=100) == many
+
+
+def test_the_command_over_processes_equals_one(root):
+    """`keras-dpo train` as a user starts it on every host."""
+    keras_dpo.save_policy(tiny_policy(), root / "preset")
+    lines = [json.dumps(pair) + "\n" for pair in random_pairs(20)]
+    (root / "pairs.jsonl").write_text("".join(lines))
+
+    def train(name, processes, devices, *more):
+        command = f"""-m keras_dpo train --repo_id {root / "preset"}
+            --dataset_name {root / "pairs.jsonl"} --model_name {name}
+            --save_directory {root} --total_batch_size 4 --log_steps 1
+            --num_train_epochs 1 --learning_rate 1e-3 --reference precomputed
+            --reference_cache {root / name}-reference
+            --num_sample_prompts 0""".split()
+        ended = outputs(launch([*command, *more], processes, devices))
+        assert [status for status, *_ in ended] == [0] * processes, ended
+        texts = (root / name / "metrics.jsonl").read_text().splitlines()
+        policy = keras_dpo.load_policy(str(root / name / "policy"))
+        losses = [json.loads(text)["loss"] for text in texts]
+        return losses, values_of(policy.weights), ended
+
+    one = train("command_one", 1, 1)
+    many = train(
+        "command_many", 2, 2, "--distributed", "auto", "--mesh", "data=4"
+    )
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+    for a, b in zip(many[1], one[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # The first alone prints.
+    assert "Policy:" in many[2][0][1]
+    assert "Policy:" not in many[2][1][1]
 
 
 def test_a_directory_that_hosts_do_not_share(monkeypatch, tmp_path):
