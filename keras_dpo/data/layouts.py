@@ -133,11 +133,9 @@ def from_ids(row: Row, every: bool) -> list[Record]:
     """Token ids pass through untouched."""
     record = {}
     for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        ids = row.get(field)
-        good = isinstance(ids, list) and all(
-            type(token) is int and 0 <= token < 2**31 for token in ids
-        )
-        if not good or not ids:
+        ids: Any = row.get(field)
+        good = isinstance(ids, list) and set(map(type, ids)) == {int}
+        if not good or min(ids) < 0 or max(ids) >= 2**31:
             wanted = "a non-empty list of token ids >= 0 and < 2**31"
             raise RowError(field, wanted, ids)
         record[field] = ids

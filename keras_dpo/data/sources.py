@@ -12,6 +12,7 @@ import numpy as np
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")
 ROWS_AT_ONCE = 1024
+PLAIN = {int, float, bool, str, type(None)}
 
 
 class Rows:
@@ -273,5 +274,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, list | tuple):
+        if PLAIN.issuperset(map(type, value)):
+            return list(value)
         return [_plain(item) for item in value]
     return value
