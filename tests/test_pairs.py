@@ -162,7 +162,10 @@ print("RESULT" + json.dumps([most - before, tokens, many.num_pairs]))
 
 
 def test_many_pairs_take_little_memory():
-    """Some hundred bytes a pair, and none for its tokens."""
+    """Some hundred bytes a pair, and none for its tokens.
+
+    By hand: KERAS_DPO_PAIRS=1000000.
+    """
     count = os.environ.get("KERAS_DPO_PAIRS", "20000")
     done = subprocess.run(
         [sys.executable, "-c", MANY, count],
@@ -174,5 +177,6 @@ def test_many_pairs_take_little_memory():
     grown, tokens, pairs = json.loads(done.stdout.split("RESULT")[1])
     assert pairs == int(count)
     print(f"{pairs:,} pairs, {tokens:,} tokens: {grown / pairs:.0f} bytes each")
-    # A mean pair has 600 tokens: 2,400 bytes.
-    assert grown < 400 * pairs
+    # A mean pair has 600 tokens: 2,400 bytes. Beside the pairs: rows that are
+    # being read, and Python's own.
+    assert grown < 300 * pairs + 2**24
