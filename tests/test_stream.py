@@ -1,12 +1,15 @@
 """Streams: pairs that are read as training comes to them."""
 
+import json
+
 import datasets
 import keras
 import numpy as np
 import pytest
 from conftest import random_pairs, tiny_policy, values_of
 
-from keras_dpo import DPOModel, DPOPreprocessor
+import keras_dpo
+from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor
 from keras_dpo.callbacks import TrainingBackup
 from keras_dpo.data import PreferenceStream
 from keras_dpo.data import dataset as dataset_module
@@ -217,3 +220,32 @@ def test_later_windows_are_checked():
     model.compile()
     with pytest.raises(ValueError, match="Row 20 holds token id 64"):
         model.fit(Source(rows), batch_size=2, steps_per_epoch=12, verbose=0)
+
+
+def test_a_config_streams(tmp_path):
+    """Steps are shared by the epochs; validation is read as a whole."""
+    keras_dpo.save_policy(tiny_policy(), tmp_path / "preset")
+    lines = [json.dumps(pair) + "\n" for pair in random_pairs(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    settings = {
+        "repo_id": str(tmp_path / "preset"),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "validation_split": "train[:4]",
+        "save_directory": str(tmp_path),
+        "streaming": True,
+        "total_batch_size": 2,
+        "num_train_epochs": 2,
+        "log_steps": 1,
+        "num_sample_prompts": 0,
+    }
+    with pytest.raises(ValueError, match="`streaming` needs `max_steps`"):
+        DPOConfig(**settings)
+    with pytest.raises(ValueError, match="reads all pairs before"):
+        DPOConfig(**settings, max_steps=5, reference="precomputed")
+    done = keras_dpo.train(DPOConfig(**settings, max_steps=5))
+    text = (done.directory / "metrics.jsonl").read_text()
+    steps = [json.loads(line) for line in text.splitlines()]
+    assert [s["step"] for s in steps if "end_of_epoch" not in s] == [
+        *range(1, 6)
+    ]
+    assert len(done.history["val_loss"]) == 2
