@@ -34,6 +34,22 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+# Begun first, so that no worker is left alone with one of them.
+LONG_FILES = (
+    "test_processes",
+    "test_training_backup",
+    "test_dpo_model",
+    "test_fast_paths",
+    "test_memory",
+    "test_distribution",
+    "test_real_model",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
 def environment_of_devices(count):
     """The environment of a Python process that sees `count` devices."""
     devices = f"--xla_force_host_platform_device_count={count}"
