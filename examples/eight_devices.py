@@ -1,6 +1,6 @@
 """Fully sharded training on eight simulated devices.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+    NPROC=16 XLA_FLAGS=--xla_force_host_platform_device_count=8 \
         python examples/eight_devices.py
 """
 

@@ -57,6 +57,9 @@ def environment_of_devices(count):
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "XLA_FLAGS": devices,
+        # XLA's threads: as many as devices that wait for each other, or on
+        # few cores they wait forever.
+        "NPROC": "16",
     }
 
 

@@ -82,12 +82,7 @@ def launch(arguments, processes, devices):
         port = free.getsockname()[1]
     started = []
     for index in range(processes):
-        environment = {
-            **environment_of_devices(devices),
-            # XLA's threads: as many as devices that wait for each other, or
-            # on few cores they wait forever.
-            "NPROC": "16",
-        }
+        environment = environment_of_devices(devices)
         if processes > 1:
             environment |= {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
