@@ -206,11 +206,21 @@ class DPOConfig:
     def __post_init__(self) -> None:
         if self.refrence_model_repo_id and not self.reference_model_repo_id:
             self.reference_model_repo_id = self.refrence_model_repo_id
+        self._check_values_are_there()
         self._check_numbers()
         self._check_flags_that_go_together()
         # JAX must not begin before the processes of a run have met.
         with variables_without_values():
             self.make_loss()
+
+    def _check_values_are_there(self) -> None:
+        for field in dataclasses.fields(self):
+            missing = getattr(self, field.name) is None
+            if missing and "None" not in str(field.type):
+                raise ValueError(
+                    f"`{field.name}` must have a value. Received: None. Leave "
+                    f"it out for {field.default!r}."
+                )
 
     def _check_numbers(self) -> None:
         positive = (

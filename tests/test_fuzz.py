@@ -17,6 +17,7 @@ from test_callbacks import NumberTokenizer
 
 from keras_dpo import DPOConfig, DPOModel, PreferenceDataset
 from keras_dpo.cli import main
+from keras_dpo.data import read_rows
 from keras_dpo.preprocessor import DPOPreprocessor
 
 TRIES = int(os.environ.get("KERAS_DPO_FUZZ", 100))
@@ -192,6 +193,17 @@ def test_config_files_of_any_kind(config):
     lines = said.getvalue().strip().splitlines()
     assert lines[-1].startswith("keras-dpo: error: ")
     assert "Traceback" not in said.getvalue()
+
+
+def test_what_fuzzing_found(tmp_path):
+    """A setting of nothing; a csv file with a bare carriage return."""
+    with pytest.raises(ValueError, match="`loss_type` must have a value"):
+        DPOConfig(loss_type=None)
+    (tmp_path / "a.csv").write_bytes(b"prompt,chosen,rejected\na,b\rc,d,e\n")
+    assert len(read_rows(tmp_path / "a.csv")) == 2
+    (tmp_path / "b.csv").write_text("prompt\n" + "x" * 200_000)
+    with pytest.raises(ValueError, match="is not CSV: field larger"):
+        read_rows(tmp_path / "b.csv")
 
 
 def test_a_yaml_bomb_is_one_line(tmp_path, capsys):

@@ -179,7 +179,7 @@ def _open_file(file: pathlib.Path) -> Rows:
     if file.suffix == ".jsonl":
         return Rows(lambda: _read_json_lines(file), name)
     if file.suffix == ".csv":
-        return Rows(lambda: csv.DictReader(_read_lines(file)), name)
+        return Rows(lambda: _read_csv(file), name)
     if file.suffix != ".json":
         raise ValueError(
             f"A file of pairs must be one of {', '.join(FILE_TYPES)}. "
@@ -208,6 +208,20 @@ def _read_lines(file: pathlib.Path) -> Iterator[str]:
                 ) from error
             done += len(line)
             yield text
+
+
+def _read_csv(file: pathlib.Path) -> Iterator[Any]:
+    lines = (
+        part
+        for line in _read_lines(file)
+        for part in line.splitlines(keepends=True)
+    )
+    try:
+        yield from csv.DictReader(lines)
+    except csv.Error as error:
+        raise ValueError(f"The file {str(file)!r} is not CSV: {error}") from (
+            error
+        )
 
 
 def _read_json_lines(file: pathlib.Path) -> Iterator[Any]:
