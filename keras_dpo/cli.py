@@ -235,32 +235,18 @@ def run_plan(**options: Any) -> None:
 def run_inspect(show: int, **options: Any) -> None:
     """`keras-dpo inspect`: the audit, and pairs as the model sees them."""
     from keras_dpo.data.audit import audit, render_pair
-    from keras_dpo.data.dataset import PreferenceDataset
     from keras_dpo.data.packing import Packing
-    from keras_dpo.train import make_preprocessor_alone, require
+    from keras_dpo.train import (
+        make_datasets,
+        make_preprocessor_alone,
+        require,
+    )
 
-    config = DPOConfig(**options)
+    # All pairs, of what will be streamed, too.
+    config = DPOConfig(**{**options, "streaming": False})
     require(config, "dataset_name")
     preprocessor = make_preprocessor_alone(config)
-
-    def make(name: str, split: str | None) -> PreferenceDataset:
-        return PreferenceDataset(
-            name,
-            preprocessor,
-            config.total_batch_size,
-            seed=config.seed,
-            split=split,
-            column_map=config.column_map,
-            verbose=False,
-        )
-
-    dataset = make(config.dataset_name, config.dataset_split)
-    validation = None
-    if config.validation_dataset_name or config.validation_split:
-        validation = make(
-            config.validation_dataset_name or config.dataset_name,
-            config.validation_split,
-        )
+    dataset, validation = make_datasets(config, preprocessor, verbose=False)
     result = audit(dataset, validation)
     result.lines.append(dataset.packed(Packing()).describe_rows())
     for line in result.lines:

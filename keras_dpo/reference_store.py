@@ -12,12 +12,12 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable
 
-import jax
 import keras
 import numpy as np
 
 from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.distribution import on_any_process, to_host
+from keras_dpo.files import write_beside
 from keras_dpo.messages import say
 
 # Raised when stores of an earlier version must not be read.
@@ -165,14 +165,3 @@ class ReferenceStore:
 
     def _path(self, n: int) -> pathlib.Path:
         return self.directory / f"part-{n:06d}.float32"
-
-
-def write_beside(path: pathlib.Path, content: bytes) -> None:
-    """Write a file beside its place, and rename it there."""
-    # Processes of one host may write the same.
-    beside = path.with_name(f"{path.name}.writing-{jax.process_index()}")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from keras_dpo.reference_store import write_beside
+from keras_dpo.files import write_beside
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 52, 28
 COLORS = ("#1a6fb0", "#c8501e")

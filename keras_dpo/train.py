@@ -26,6 +26,7 @@ from keras_dpo.distribution import (
     start_processes,
 )
 from keras_dpo.dpo_model import DPOModel
+from keras_dpo.files import write_beside
 from keras_dpo.memory import MemoryReport, extrapolate
 from keras_dpo.messages import say
 from keras_dpo.outline import variables_without_values
@@ -38,7 +39,6 @@ from keras_dpo.presets import (
     save_policy,
 )
 from keras_dpo.redaction import without_secrets
-from keras_dpo.reference_store import write_beside
 from keras_dpo.report import write_report
 from keras_dpo.schedules import WarmupThenDecay
 from keras_dpo.sharding import parse_mesh
@@ -313,32 +313,28 @@ def make_preprocessor_alone(config: DPOConfig) -> DPOPreprocessor:
 
 
 def make_datasets(
-    config: DPOConfig, preprocessor: DPOPreprocessor
+    config: DPOConfig, preprocessor: DPOPreprocessor, verbose: bool = True
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """The training pairs and, if asked for, the validation pairs."""
-
     common: dict[str, Any] = {
         "preprocessor": preprocessor,
         "seed": config.seed,
         "column_map": config.column_map,
+        "verbose": verbose,
+    }
+    options = {
+        **common,
+        "batch_size": config.total_batch_size,
+        "split": config.dataset_split,
     }
     training: PreferenceDataset
     if config.streaming:
         steps = math.ceil((config.max_steps or 0) / config.num_train_epochs)
         training = PreferenceStream(
-            config.dataset_name,
-            batch_size=config.total_batch_size,
-            steps_per_epoch=steps,
-            split=config.dataset_split,
-            **common,
+            config.dataset_name, steps_per_epoch=steps, **options
         )
     else:
-        training = PreferenceDataset(
-            config.dataset_name,
-            batch_size=config.total_batch_size,
-            split=config.dataset_split,
-            **common,
-        )
+        training = PreferenceDataset(config.dataset_name, **options)
     name = config.validation_dataset_name
     if name is None and config.validation_split is None:
         return training, None
@@ -353,7 +349,7 @@ def make_datasets(
         **common,
     )
     shared = training.pairs.shared_prompts(validation.pairs)
-    if shared:
+    if shared and verbose:
         say(f"Note: {shared} validation prompts are in the training set")
     return training, validation
 

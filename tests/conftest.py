@@ -50,17 +50,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG_FILES)
 
 
+def environment(**more):
+    """The environment of a Python process that finds the project."""
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
 def environment_of_devices(count):
-    """The environment of a Python process that sees `count` devices."""
-    devices = f"--xla_force_host_platform_device_count={count}"
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": devices,
+    """The same of one that sees `count` devices."""
+    return environment(
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={count}",
         # XLA's threads: as many as devices that wait for each other, or on
         # few cores they wait forever.
-        "NPROC": "16",
-    }
+        NPROC="16",
+    )
 
 
 def on_eight_devices(script, *arguments):

@@ -1,13 +1,12 @@
 """The command: help, config and flags, mistakes in one line."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT, random_pairs, tiny_policy
+from conftest import environment, random_pairs, tiny_policy
 
 import keras_dpo
 from keras_dpo import cli
@@ -301,10 +300,10 @@ def test_mistakes_are_one_line_and_status_2(command, mistakes):
         assert len(err) > 40, (name, err)
 
 
-def python(code, **environment):
+def python(code, **variables):
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env=environment(**variables),
         capture_output=True,
         text=True,
     )
@@ -332,7 +331,7 @@ def test_another_backend_is_one_clear_error():
 def test_command_chooses_its_own_backend():
     done = subprocess.run(
         [sys.executable, "-m", "keras_dpo", "--help"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": "torch"},
+        env=environment(KERAS_BACKEND="torch"),
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,5 @@
 """What a step takes, predicted; and what is kept between runs."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, random_pairs, tiny_policy
+from conftest import ROOT, environment, random_pairs, tiny_policy
 
 from keras_dpo import DPOConfig, DPOModel
 from keras_dpo.memory import extrapolate, kept_by_layers
@@ -116,7 +115,7 @@ def test_plan_of_a_mesh_that_is_not_there(smollm2, tmp_path):
     def found(mesh):
         done = subprocess.run(
             [sys.executable, "-c", MESH_PLAN, tmp_path, mesh],
-            env={**os.environ, "KERAS_BACKEND": "jax"},
+            env=environment(),
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -135,7 +134,6 @@ def test_plan_of_a_mesh_that_is_not_there(smollm2, tmp_path):
 
 SECOND_START = """
 import sys, logging
-sys.path[:0] = [{root!r}, {tests!r}]
 import jax
 from conftest import random_pairs, tiny_policy  # Sets a cache of its own.
 from keras_dpo.compilation import keep_compiled
@@ -157,14 +155,12 @@ print("COUNTS", counts["hit"], counts["miss"])
 
 
 def test_a_second_start_compiles_nothing(tmp_path):
-    script = SECOND_START.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), cache=str(tmp_path)
-    )
+    script = SECOND_START.format(cache=str(tmp_path))
 
     def start():
         done = subprocess.run(
             [sys.executable, "-c", script],
-            env={**os.environ, "KERAS_BACKEND": "jax"},
+            env=environment(),
             capture_output=True,
             text=True,
             check=True,

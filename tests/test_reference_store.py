@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_pairs, tiny_policy
+from conftest import environment, random_pairs, tiny_policy
 
 from keras_dpo import DPOModel, PreferenceDataset
 from keras_dpo import reference_store as store_module
@@ -103,7 +102,6 @@ def test_log_probs_come_back_as_they_went_in(small_parts, tmp_path):
 
 KILLED = """
 import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
 from conftest import random_pairs
 from keras_dpo import PreferenceDataset, reference_store
 reference_store.PAIRS_PER_PART = 4
@@ -121,15 +119,12 @@ print("whole", flush=True)
 
 
 def test_a_killed_run_goes_on_with_the_next_part(tmp_path):
-    script = KILLED.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), directory=str(tmp_path)
-    )
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    script = KILLED.format(directory=str(tmp_path))
     command = [sys.executable, "-c", script]
     done, written = "", 0
     for _ in range(8):
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True
+            command, env=environment(), stdout=subprocess.PIPE, text=True
         )
         process.stdout.readline()
         time.sleep(0.13)
@@ -141,7 +136,7 @@ def test_a_killed_run_goes_on_with_the_next_part(tmp_path):
         if "whole" in done:
             break
     finished = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
+        command, env=environment(), capture_output=True, text=True, check=True
     )
     assert "whole" in finished.stdout
     assert written > 0

@@ -10,7 +10,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, random_pairs, tiny_policy, values_of
+from conftest import ROOT, environment, random_pairs, tiny_policy, values_of
 
 from keras_dpo import DPOModel, PreferenceDataset
 from keras_dpo.callbacks import MetricsFile, ReferenceSync, TrainingBackup
@@ -24,7 +24,7 @@ KILLS = int(os.environ.get("KERAS_DPO_KILLS", 2))
 def start(directory, kinds, **options):
     return subprocess.Popen(
         [sys.executable, SCRIPT, directory, kinds, json.dumps(options)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.reference_store import write_beside
+from keras_dpo.files import write_beside
 
 # Of a weight, a margin or a stored log-prob, in nats.
 EXTREME = 1e6

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.distribution import is_main_process
-from keras_dpo.reference_store import write_beside
+from keras_dpo.files import write_beside
 
 
 class StepLogger(AfterStep):

@@ -18,8 +18,8 @@ from keras_dpo import training_state
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution import is_main_process, wait_for_processes
+from keras_dpo.files import write_beside
 from keras_dpo.messages import say
-from keras_dpo.reference_store import write_beside
 from keras_dpo.training_state import Place
 
 # Says that the run came to its end.

@@ -87,14 +87,14 @@ def _sentences(
 
 def padding_waste(dataset: PreferenceDataset) -> float:
     """Tokens of all padded rows of an epoch, over the real ones."""
-    padded = real = 0
-    for index in range(dataset.batches_per_pass):
-        batch = dataset[index]
-        padded += batch["token_ids"].size
-        used = batch["weight"] > 0
-        lengths = batch["prompt_lengths"] + batch["completion_lengths"]
-        real += int(lengths[used].sum())
-    return padded / max(real, 1)
+    prompts, chosen, rejected = dataset.pairs.lengths.T
+    real = (2 * prompts + chosen + rejected).sum()
+    buckets = dataset.buckets_of(np.arange(dataset.num_pairs))
+    padded = sum(
+        2 * dataset.batch_size * dataset.shapes[buckets[batch].max()][0]
+        for batch in dataset.all_batches()
+    )
+    return float(padded / real)
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:

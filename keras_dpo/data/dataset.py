@@ -69,8 +69,6 @@ class PreferenceDataset(keras.utils.PyDataset):
     (1, 2, 64)
     """
 
-    streaming = False
-
     def __init__(
         self,
         source: Any,
@@ -100,7 +98,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         self.preprocessor = preprocessor or DPOPreprocessor()
         self.report = DataReport()
         self.records: list[Record] = []
-        self._rows = open_rows(source, split, self.streaming)
+        self._rows = open_rows(source, split)
         self._column_map, self._ranked = column_map, ranked
         self.pairs = self._read_pairs(verbose)
         if verbose:

@@ -14,7 +14,7 @@ from keras_dpo.data.dataset import (
 )
 from keras_dpo.data.packing import BLOCK, Packing, round_up
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.sources import has_length
+from keras_dpo.data.sources import has_length, open_rows
 from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
 
 # A row that is longer than all before it takes the next length: each is a
@@ -57,8 +57,6 @@ class PreferenceStream(PreferenceDataset):
             pair.
     """
 
-    streaming = True
-
     def __init__(
         self,
         source: Any,
@@ -84,12 +82,11 @@ class PreferenceStream(PreferenceDataset):
         self._window = 0
         self._checked_for: Any = None
         super().__init__(
-            source,
+            open_rows(source, split, streaming=True),
             limits,
             batch_size,
             shuffle=shuffle,
             seed=seed,
-            split=split,
             column_map=column_map,
             verbose=verbose,
         )

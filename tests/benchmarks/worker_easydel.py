@@ -1,7 +1,6 @@
 """EasyDeL's side of `compare.py`; runs in EasyDeL's own environment."""
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -10,16 +9,12 @@ import easydel
 import jax.numpy as jnp
 import transformers
 from datasets import Dataset
+from reporting import report
 
 SETTINGS = {
     "reference": {},
     "reference, checkpointing": {"checkpointing": True},
 }
-
-
-def report(**values):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({**values, "peak_mib": peak // 1024}), flush=True)
 
 
 class TimedTrainer(easydel.DPOTrainer):

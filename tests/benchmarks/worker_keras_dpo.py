@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 
@@ -12,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras_dpo  # isort: skip
 import keras
 import keras_hub
+from reporting import report
 
 
 class Timer(keras.callbacks.Callback):
@@ -32,11 +32,6 @@ class Timer(keras.callbacks.Callback):
             report(loss=loss)
         else:
             report(seconds=seconds)
-
-
-def report(**values):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({**values, "peak_mib": peak // 1024}), flush=True)
 
 
 SETTINGS = {

@@ -1,7 +1,6 @@
 """TRL's side of `compare.py`; runs in TRL's own environment."""
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -10,6 +9,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from reporting import report
 
 CONFIGS = {
     "float32": {"bf16": False, "gradient_checkpointing": False},
@@ -49,11 +49,6 @@ class Timer(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             report(loss=logs["loss"])
-
-
-def report(**values):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({**values, "peak_mib": peak // 1024}), flush=True)
 
 
 def main():

@@ -5,7 +5,6 @@ better for it than its `max_prompt_length` and `max_response_length`.
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from reporting import report
 from tunix.models.gemma3 import model as gemma3
 from tunix.models.gemma3 import params_safetensors as gemma3_params
 from tunix.models.llama3 import model as llama3
@@ -23,11 +23,6 @@ SETTINGS = {
     "reference": llama3.RematConfig.NONE,
     "reference, checkpointing": llama3.RematConfig.DECODER,
 }
-
-
-def report(**values):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({**values, "peak_mib": peak // 1024}), flush=True)
 
 
 class TimedTrainer(dpo_trainer.DPOTrainer):
