@@ -7,7 +7,6 @@ import jax
 import keras
 import numpy as np
 
-from keras_dpo.compilation import compiler_options
 from keras_dpo.distribution import distribute_batch, to_host
 from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
@@ -168,7 +167,8 @@ class FirstBatchCheck:
             )
 
         rewards, found, expected = jax.jit(
-            rewards_and_losses, compiler_options=compiler_options()
+            rewards_and_losses,
+            compiler_options=model.compiler_options,
         )(
             [v.value for v in model.trainable_variables],
             [v.value for v in model.non_trainable_variables],

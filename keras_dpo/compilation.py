@@ -12,30 +12,38 @@ import keras
 
 # XLA's CPU backend (JAX 0.10) gives most products to YNNPACK and those of a
 # kernel's gradient to Eigen, and runs both at once on threads of their own: a
-# quarter slower than Eigen alone on two cores (docs/benchmarks.md).
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# quarter slower than Eigen alone on two cores (docs/benchmarks.md). bfloat16
+# only YNNPACK multiplies as such, twice as fast; its sums are the slower ones.
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+CPU_OPTIONS = {
+    "float32": {YNNPACK: ""},
+    "bfloat16": {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
+}
 
 
 @functools.cache
-def compiler_options() -> dict[str, Any]:
-    """Options of `jax.jit` for this backend; none that XLA does not know."""
+def compiler_options(dtype: str) -> dict[str, Any]:
+    """Options of `jax.jit` for this backend; none that XLA does not know.
+
+    Args:
+        dtype: That products of rows are computed in.
+    """
     if jax.default_backend() != "cpu":
         return {}
+    options = CPU_OPTIONS.get(dtype, CPU_OPTIONS["float32"])
     try:
-        jax.jit(lambda x: x + 1, compiler_options=CPU_OPTIONS)(0)
+        jax.jit(lambda x: x + 1, compiler_options=options)(0)
     except jax.errors.JaxRuntimeError:
         return {}
-    return CPU_OPTIONS
+    return options
 
 
 @contextlib.contextmanager
-def steps_with_options() -> Iterator[None]:
-    """Keras' JAX trainer makes its steps with `compiler_options`."""
+def steps_with_options(options: dict[str, Any]) -> Iterator[None]:
+    """Keras' JAX trainer makes its steps with these `compiler_options`."""
     trainer = keras.src.backend.jax.trainer
     original = trainer.jit
-    trainer.jit = functools.partial(
-        original, compiler_options=compiler_options()
-    )
+    trainer.jit = functools.partial(original, compiler_options=options)
     try:
         yield
     finally:

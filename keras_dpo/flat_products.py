@@ -4,6 +4,9 @@ XLA's CPU backend lays the operands of a kernel's gradient out anew where a
 token has more than one leading axis, and computes the values before it a second
 time in the transposed order: a quarter of a training step (JAX 0.10). Kernels
 see `(tokens, features)` here, and their gradients read values as they lie.
+
+Of bfloat16 the same backend is twice as fast with a float32 result, and with
+operands that need no transposition (see `compilation.compiler_options`).
 """
 
 import math
@@ -12,28 +15,64 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 
 Array = jax.Array
+# Sides of the squares that a transposition moves.
+TILE = 32
 
 
 @jax.custom_vjp
 def product(inputs: Array, kernel: Array) -> Array:
     """`(tokens, features) x (features, units)`."""
-    return inputs @ kernel
+    return _product("tf,fu->tu", inputs, kernel)
 
 
 def _forward(inputs: Array, kernel: Array) -> tuple[Array, Any]:
-    return inputs @ kernel, (inputs, kernel)
+    return _product("tf,fu->tu", inputs, kernel), (inputs, kernel)
 
 
 def _backward(kept: Any, gradient: Array) -> tuple[Array, Array]:
     inputs, kernel = kept
     # What comes before is computed once, not inside each product.
     inputs, gradient = jax.lax.optimization_barrier((inputs, gradient))
-    return gradient @ kernel.T, inputs.T @ gradient
+    d_inputs = _product("tu,fu->tf", gradient, kernel)
+    return d_inputs, _product("ft,tu->fu", transposed(inputs), gradient)
 
 
 product.defvjp(_forward, _backward)
+
+
+def _product(equation: str, left: Array, right: Array) -> Array:
+    found = jnp.einsum(equation, left, right, preferred_element_type="float32")
+    return found.astype(left.dtype)
+
+
+def transposes_before(dtype: Any) -> bool:
+    """Whether a product that reads rows alone is worth a transposition.
+
+    Of bfloat16 on one CPU, where any other is half as fast.
+    """
+    return (
+        dtype == "bfloat16"
+        and jax.default_backend() == "cpu"
+        and keras.distribution.distribution() is None
+    )
+
+
+def transposed(matrix: Array) -> Array:
+    """The transpose; where `transposes_before`, one that is there in memory.
+
+    A plain one XLA makes part of the product, of one that it has begun with
+    bfloat16 even where it cannot run that.
+    """
+    if not transposes_before(matrix.dtype):
+        return matrix.T
+    rows, columns = matrix.shape
+    padded = jnp.pad(matrix, ((0, -rows % TILE), (0, -columns % TILE)))
+    tiles = padded.reshape(-1, TILE, padded.shape[1] // TILE, TILE)
+    turned = tiles.transpose(2, 3, 0, 1).reshape(padded.shape[::-1])
+    return turned[:columns, :rows]
 
 
 def flat_matmul(matmul: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ import jax
 import keras
 import numpy as np
 
-from keras_dpo.compilation import compiler_options
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution import data_parallel_size
 from keras_dpo.reference import (
@@ -97,7 +96,9 @@ def memory_report(model: Any, dataset: PreferenceDataset) -> MemoryReport:
         )
     ]
     step = jax.jit(
-        model.train_step, donate_argnums=0, compiler_options=compiler_options()
+        model.train_step,
+        donate_argnums=0,
+        compiler_options=model.compiler_options,
     )
     found: Any = step.lower(tuple(state), batch).compile().memory_analysis()
     spare = found.output_size_in_bytes - found.alias_size_in_bytes

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keras_dpo.checks import steps_done
-from keras_dpo.compilation import cache_directory, compiler_options
+from keras_dpo.compilation import cache_directory
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import choose_lengths
 from keras_dpo.data.stream import need_an_end
@@ -53,7 +53,7 @@ def fill_in_reference(model: Any, dataset: PreferenceDataset) -> pathlib.Path:
     # JAX keeps the function for a while: it must not keep the reference.
     of_policy = online is None
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.jit, compiler_options=model.compiler_options)
     def run(trainable: Any, non_trainable: Any, batch: Any) -> Array:
         placeholder = jnp.zeros(batch["completion_ids"].shape, "float32")
         batch = {**batch, "reference_log_probs": placeholder}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_dpo.compilation import steps_with_options
+from keras_dpo.compilation import compiler_options, steps_with_options
 from keras_dpo.distribution import whole_on_devices
 from keras_dpo.execution import Execution
 from keras_dpo.log_probs import (
@@ -70,6 +70,10 @@ class PreferenceSteps(keras.Model):
         return [self._loss_tracker, *self._pair_metrics]
 
     def call(self, inputs: Any, training: bool = False) -> Any:
+        if "completion_ids" in inputs:
+            # Keras' predict calls with a batch of pairs to build layers that
+            # are not built, as a preset's tokenizer never is.
+            return None
         return self.policy(inputs, training=training)
 
     # --- The pure core ----------------------------------------------------
@@ -261,16 +265,23 @@ class PreferenceSteps(keras.Model):
             outputs["reference_rejected_log_prob"] = reference.rejected
         return whole_on_devices(outputs), non_trainable
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Options that XLA compiles this model's steps with."""
+        if not self.execution.in_rows:
+            return compiler_options("float32")
+        return compiler_options(self.policy.backbone.compute_dtype)
+
     def make_train_function(self, force: bool = False) -> None:
-        with steps_with_options():
+        with steps_with_options(self.compiler_options):
             super().make_train_function(force)
 
     def make_test_function(self, force: bool = False) -> None:
-        with steps_with_options():
+        with steps_with_options(self.compiler_options):
             super().make_test_function(force)
 
     def make_predict_function(self, force: bool = False) -> Any:
-        with steps_with_options():
+        with steps_with_options(self.compiler_options):
             return super().make_predict_function(force)
 
     def _purge_model_variables(self, **kwargs: Any) -> None:

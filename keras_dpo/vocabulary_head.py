@@ -12,6 +12,7 @@ from jax import lax
 
 from keras_dpo.data.packing import round_up
 from keras_dpo.distribution import over_rows
+from keras_dpo.flat_products import transposed, transposes_before
 
 Array = jax.Array
 # Tokens of a chunk, and its logits at most: 256 MiB of float32.
@@ -218,6 +219,7 @@ def _over_chunks(
     hidden = jnp.pad(hidden, ((0, padded - tokens), (0, 0)))
     targets = jnp.pad(targets, (0, padded - tokens))
     names = ("log_probs", *fields)
+    kernel, turned = _operands(head, kernel)
 
     def chunk(n: Array, carry: Any) -> Any:
         outputs, slopes = carry
@@ -230,7 +232,7 @@ def _over_chunks(
         )
         if with_slopes:
             d_logits = _d_logits(head, logits, wanted, found.log_probs)
-            slopes = _put(slopes, _d_states(head, d_logits, kernel), n, size)
+            slopes = _put(slopes, _d_states(head, d_logits, turned), n, size)
         return outputs, slopes
 
     outputs, slopes = lax.fori_loop(
@@ -282,10 +284,12 @@ def _chunked_backward(
         jnp.pad(array, (0, end)) for array in (targets, log_probs, gradient)
     )
 
+    operand, turned = _operands(head, kernel)
+
     def chunk(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_hidden, d_kernel = carry
         states = _chunk(hidden, n, size)
-        logits = head.logits_by_word(states, kernel)
+        logits = head.logits_by_word(states, operand)
         d_logits = _d_logits(
             head, logits, _chunk(targets, n, size), _chunk(log_probs, n, size)
         )
@@ -296,7 +300,7 @@ def _chunked_backward(
             states.astype(head.dtype),
             preferred_element_type="float32",
         )
-        d_states = _d_states(head, d_logits, kernel)
+        d_states = _d_states(head, d_logits, turned)
         return _put(d_hidden, d_states, n, size), d_kernel
 
     d_hidden, d_kernel = lax.fori_loop(
@@ -324,14 +328,30 @@ def _d_logits(
     return slope
 
 
+def _operands(head: Head, kernel: Array) -> tuple[Array, Array]:
+    """The kernel as logits and as `_d_states` read it.
+
+    Once, before the loop over chunks.
+    """
+    kernel = kernel.astype(head.dtype)
+    return kernel, transposed(kernel) if _turns(head) else kernel
+
+
+def _turns(head: Head) -> bool:
+    return head.tied and transposes_before(head.dtype)
+
+
 def _d_states(head: Head, d_logits: Array, kernel: Array) -> Array:
-    # The vocabulary first, where the kernel has it first: as it lies.
-    return jnp.einsum(
-        "vh,vt->ht" if head.tied else "hv,vt->ht",
-        kernel.astype(head.dtype),
+    """`(tokens, hidden)`, in the head's number type."""
+    # Else the vocabulary first, where the kernel has it first: as it lies.
+    first = head.tied and not _turns(head)
+    found = jnp.einsum(
+        "vh,vt->ht" if first else "hv,vt->ht",
+        kernel,
         d_logits.astype(head.dtype),
         preferred_element_type="float32",
-    ).T
+    )
+    return transposed(found.astype(head.dtype))
 
 
 def _chunk(array: Array, n: Array, size: int) -> Array:

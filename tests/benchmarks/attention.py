@@ -30,7 +30,7 @@ query = jnp.asarray(random.standard_normal((3, 3, 4096, 64)), "float32")
 key, value = jnp.asarray(random.standard_normal((2, 3, 4096, 64)), "float32")
 step = jax.jit(jax.grad(lambda *x: attend_in_blocks(
     *x, row, Settings(0.125)).sum(), (0, 1, 2)),
-    compiler_options=compiler_options())
+    compiler_options=compiler_options("float32"))
 run = lambda: jax.block_until_ready(step(query, key, value))
 """
 TORCH = """

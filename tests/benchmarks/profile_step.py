@@ -44,7 +44,8 @@ def time_products(model, tokens, scored):
         left = np.ones((rows, inner), "float32")
         right = np.ones((inner, outer), "float32")
         product = jax.jit(
-            lambda a, b: (a @ b).sum(), compiler_options=compiler_options()
+            lambda a, b: (a @ b).sum(),
+            compiler_options=compiler_options("float32"),
         )
         left, right = jax.device_put((left, right))
         float(product(left, right))

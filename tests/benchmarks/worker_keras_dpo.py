@@ -43,15 +43,21 @@ SETTINGS = {
     "no prompt sharing": {"prompt_sharing": False},
     "remat": {"remat": "layers"},
     "stored reference, remat": {"reference": "precomputed", "remat": "layers"},
+    "bfloat16": {},
+    "bfloat16, stored reference": {"reference": "precomputed"},
+    "bfloat16, stored reference, remat": {
+        "reference": "precomputed",
+        "remat": "layers",
+    },
 }
 
 
-def load(path):
+def load(path, dtype):
     """Of a shape with random weights there is no tokenizer of its own."""
     config = json.load(open(os.path.join(path, "config.json")))
     if config["model_type"] == "llama":
-        return keras_dpo.load_policy(path)
-    backbone = keras_hub.models.Backbone.from_preset(path)
+        return keras_dpo.load_policy(path, dtype)
+    backbone = keras_hub.models.Backbone.from_preset(path, dtype=dtype)
     task = type(backbone).__name__.replace("Backbone", "CausalLM")
     return getattr(keras_hub.models, task)(backbone=backbone, preprocessor=None)
 
@@ -59,7 +65,8 @@ def load(path):
 def main():
     job = json.loads(sys.argv[1])
     records = json.load(open(job["records"]))
-    policy = load(job["model"])
+    is_mixed = job["setting"].startswith("bfloat16")
+    policy = load(job["model"], "mixed_bfloat16" if is_mixed else "float32")
     if job["lora_rank"]:
         policy.backbone.enable_lora(job["lora_rank"])
     model = keras_dpo.DPOModel(
