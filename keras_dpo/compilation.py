@@ -26,11 +26,11 @@ def compiler_options(dtype: str) -> dict[str, Any]:
     """Options of `jax.jit` for this backend; none that XLA does not know.
 
     Args:
-        dtype: That products of rows are computed in.
+        dtype: That products are computed in, `"float32"` or `"bfloat16"`.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options = CPU_OPTIONS.get(dtype, CPU_OPTIONS["float32"])
+    options = CPU_OPTIONS[dtype]
     try:
         jax.jit(lambda x: x + 1, compiler_options=options)(0)
     except jax.errors.JaxRuntimeError:

@@ -14,6 +14,7 @@ import numpy as np
 from keras_dpo.compilation import compiler_options, steps_with_options
 from keras_dpo.distribution import whole_on_devices
 from keras_dpo.execution import Execution
+from keras_dpo.flat_products import transposes_before
 from keras_dpo.log_probs import (
     Array,
     Batch,
@@ -268,9 +269,10 @@ class PreferenceSteps(keras.Model):
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Options that XLA compiles this model's steps with."""
-        if not self.execution.in_rows:
-            return compiler_options("float32")
-        return compiler_options(self.policy.backbone.compute_dtype)
+        narrow = self.execution.in_rows and transposes_before(
+            self.policy.backbone.compute_dtype
+        )
+        return compiler_options("bfloat16" if narrow else "float32")
 
     def make_train_function(self, force: bool = False) -> None:
         with steps_with_options(self.compiler_options):

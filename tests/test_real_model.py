@@ -60,10 +60,15 @@ def test_a_few_steps_on_real_pairs(lora_rank, smollm2, demo_data, tmp_path):
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     np.testing.assert_allclose(policy(inputs), tuned(inputs), atol=1e-4)
     # A preset has a tokenizer, a layer that Keras takes for not built.
-    model = keras_dpo.DPOModel(tuned)
+    limits = keras_dpo.DPOPreprocessor.from_policy(
+        tuned, max_length=64, max_prompt_length=32
+    )
+    model = keras_dpo.DPOModel(tuned, preprocessor=limits)
     model.compile()
-    scores = model.predict(str(demo_data), batch_size=2, verbose=0, steps=1)
-    assert np.isfinite(scores["chosen_log_prob"][:2]).all()
+    rows = keras_dpo.data.read_rows(demo_data, "train[:2]")
+    scores = model.predict(rows, batch_size=2, verbose=0)
+    assert np.isfinite(scores["chosen_log_prob"]).all()
+    assert scores["reward_margin"].tolist() == [0.0, 0.0]
     answer = keras_dpo.generate(tuned, preprocessor, [question], 8)[0]
     assert len(answer) > 3
     keras.utils.clear_session()
