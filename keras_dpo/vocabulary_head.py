@@ -219,7 +219,8 @@ def _over_chunks(
     hidden = jnp.pad(hidden, ((0, padded - tokens), (0, 0)))
     targets = jnp.pad(targets, (0, padded - tokens))
     names = ("log_probs", *fields)
-    kernel, turned = _operands(head, kernel)
+    kernel = kernel.astype(head.dtype)
+    turned = _turned(head, kernel) if with_slopes else kernel
 
     def chunk(n: Array, carry: Any) -> Any:
         outputs, slopes = carry
@@ -284,7 +285,9 @@ def _chunked_backward(
         jnp.pad(array, (0, end)) for array in (targets, log_probs, gradient)
     )
 
-    operand, turned = _operands(head, kernel)
+    # Once, before the loop over chunks.
+    operand = kernel.astype(head.dtype)
+    turned = _turned(head, operand)
 
     def chunk(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_hidden, d_kernel = carry
@@ -328,13 +331,9 @@ def _d_logits(
     return slope
 
 
-def _operands(head: Head, kernel: Array) -> tuple[Array, Array]:
-    """The kernel as logits and as `_d_states` read it.
-
-    Once, before the loop over chunks.
-    """
-    kernel = kernel.astype(head.dtype)
-    return kernel, transposed(kernel) if _turns(head) else kernel
+def _turned(head: Head, kernel: Array) -> Array:
+    """The kernel as `_d_states` reads it."""
+    return transposed(kernel) if _turns(head) else kernel
 
 
 def _turns(head: Head) -> bool:
