@@ -2,9 +2,10 @@
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import keras
@@ -12,6 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from keras_dpo.sharding import MeshDistribution, parse_mesh
+
+# Bytes that a process sends to the others at once.
+PIECE_BYTES = 2**24
 
 
 def set_mesh(
@@ -106,20 +110,68 @@ def to_host(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def local_part(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of a batch that this process's devices hold."""
+class BatchShare(NamedTuple):
+    """Which of the data-parallel devices' parts of a batch."""
+
+    first: int
+    last: int
+    devices: int
+
+    def of(self, size: int) -> slice:
+        """Of so many rows, a multiple of the devices."""
+        each = size // self.devices
+        return slice(self.first * each, self.last * each)
+
+
+WHOLE_BATCH = BatchShare(0, 1, 1)
+
+
+def own_share() -> BatchShare:
+    """What this process's devices hold of a batch."""
     distribution = keras.distribution.distribution()
     if distribution is None or jax.process_count() == 1:
-        return batch
+        return WHOLE_BATCH
     mesh = distribution.device_mesh
     axis = mesh.axis_names.index(distribution.batch_dim_name)
     mine = [d in jax.local_devices() for d in mesh.backend_mesh.devices.flat]
     places = np.where(np.reshape(mine, mesh.shape))[axis]
-    first, last, parts = places.min(), places.max() + 1, mesh.shape[axis]
-    return {
-        name: array[first * len(array) // parts : last * len(array) // parts]
-        for name, array in batch.items()
-    }
+    return BatchShare(places.min(), places.max() + 1, mesh.shape[axis])
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """Every process's value, of what JSON holds."""
+    text = np.frombuffer(json.dumps(value).encode(), "uint8")
+    texts: list[Any] = [b""] * jax.process_count()
+    for process, part in pieces_of_all_processes(text):
+        texts[process] += part.tobytes()
+    return [json.loads(text) for text in texts]
+
+
+def pieces_of_all_processes(
+    array: np.ndarray,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(process, piece) of every process's array, one after the other.
+
+    Args:
+        array: `(items,)` of at most 32 bits, as many as a process has.
+    """
+    at_once = PIECE_BYTES // array.itemsize
+    counts = multihost_utils.process_allgather(
+        np.array(divmod(len(array), at_once), "int32")
+    )
+    for process, (full, rest) in enumerate(counts.reshape(-1, 2).tolist()):
+        is_source = process == jax.process_index()
+        for first in range(0, full * at_once + rest, at_once):
+            size = min(at_once, full * at_once + rest - first)
+            piece = np.zeros(size, array.dtype)
+            if is_source:
+                piece = np.asarray(array[first : first + size])
+            yield (
+                process,
+                np.asarray(
+                    multihost_utils.broadcast_one_to_all(piece, is_source)
+                ),
+            )
 
 
 def check_processes_agree(values: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """Records -> token ids, exactly as the model will see them at inference."""
 
 import re
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -194,35 +193,39 @@ class DPOPreprocessor:
         return self._with_bos(self._encode([self._prompt_text(prompt)])[0])
 
     def tokenize(
-        self, records: Iterable[Record], first: int = 0
+        self, records: Iterable[Record], rows: Sequence[int] | None = None
     ) -> list[Tokenized]:
         """Token ids of every record, in order.
 
         Args:
             records: See `data.normalize_records`.
-            first: The number of the first one, in messages.
+            rows: Their numbers, for messages. None: counted from 0.
 
         Raises:
             ValueError: A record is over a limit and `on_overflow="error"`, or
                 needs a tokenizer or a template that is not there.
         """
-        unread = iter(records)
+        records = list(records)
+        rows = range(len(records)) if rows is None else rows
         tokenized: list[Tokenized] = []
-        while part := list(islice(unread, RECORDS_AT_ONCE)):
-            tokenized += self._tokenize(part, first + len(tokenized))
+        for first in range(0, len(records), RECORDS_AT_ONCE):
+            part = slice(first, first + RECORDS_AT_ONCE)
+            tokenized += self._tokenize(records[part], rows[part])
         return tokenized
 
-    def _tokenize(self, records: list[Record], start: int) -> list[Tokenized]:
+    def _tokenize(
+        self, records: Sequence[Record], numbers: Sequence[int]
+    ) -> list[Tokenized]:
         """Encode one chunk of records in a few batched calls."""
         texts: list[str] = []
         plans: list[_Plan | None] = []
-        for number, record in enumerate(records, start):
+        for number, record in zip(numbers, records, strict=True):
             plan = None
             if "chosen_ids" not in record:
                 try:
                     plan = self._plan(record)
                 except ValueError as error:
-                    raise ValueError(f"Record {number}: {error}") from error
+                    raise ValueError(f"Row {number}: {error}") from error
             plans.append(plan)
             texts += plan.texts if plan else []
         encoded = iter(self._encode(texts))
@@ -241,7 +244,7 @@ class DPOPreprocessor:
             dropped = self._drop_cause(row)
             rows.append(row._replace(extras=extras, dropped=dropped))
         if self.on_overflow == "error":
-            for number, row in enumerate(rows, start):
+            for number, row in zip(numbers, rows, strict=True):
                 self._check_whole(number, row)
         return rows
 
@@ -249,7 +252,7 @@ class DPOPreprocessor:
         cut = [note for note in row.notes if "truncated" in note]
         if cut:
             raise ValueError(
-                f"Record {number} is over the limit: {cut[0]}. "
+                f"Row {number} is over the limit: {cut[0]}. "
                 f"Received: max_length={self.max_length}, "
                 f"max_prompt_length={self.max_prompt_length}, "
                 f"max_completion_length={self.max_completion_length}. "

@@ -16,7 +16,7 @@ JOBS = [
     for kind in kinds
 ] + [("one", "full", "aot"), ("data", "full", "aot")]
 SCRIPT = """
-import json, sys
+import json, sys, tempfile
 import keras, jax, numpy as np
 import keras_dpo, keras_hub
 from conftest import random_pairs, tiny_policy
@@ -66,6 +66,17 @@ def run(kind, lora, loss):
     if lora == "full" and kind in ("one", "data", "mesh"):
         scores = model.predict(data, verbose=0)
         evaluated = model.evaluate(data, verbose=0, return_dict=True)["loss"]
+    stored, answers = 0.0, []
+    if lora == "full" and kind in ("one", "mesh"):
+        again = keras_dpo.DPOModel(policy, "precomputed",
+                                   reference_cache=tempfile.mkdtemp())
+        again.compile()
+        stored = again.evaluate(data, verbose=0, return_dict=True)["loss"]
+        prompts = np.random.default_rng(3).integers(3, 64, (8, 12))
+        answers = policy.generate(dict(
+            token_ids=prompts.astype("int32"),
+            padding_mask=(np.arange(12) < 5) * np.ones((8, 1), "int32")),
+            stop_token_ids=None)["token_ids"].tolist()
     shard = lambda vs: [str(getattr(v.value.sharding, "spec", None))
                         for v in vs]
     large = lambda vs: [v.value for v in vs if v.value.size >= 1024]
@@ -81,6 +92,8 @@ def run(kind, lora, loss):
         devices=len(policy.weights[0].value.sharding.device_set),
         losses=losses,
         evaluated=evaluated,
+        stored=stored,
+        answers=answers,
         margins=[float(x) for x in scores["reward_margin"]],
         weights=[np.asarray(v.value).ravel().tolist()
                  for v in policy.weights],
@@ -143,6 +156,11 @@ def test_our_meshes_equal_one_device(kind, lora):
     found = run(kind, lora)
     assert_equal(found, run("one", lora))
     assert found["margins"] or (kind, lora) != ("mesh", "full")
+    if (kind, lora) == ("mesh", "full"):
+        # The policy against what is stored of itself, and its greedy answers.
+        assert found["stored"] == pytest.approx(np.log(2), rel=1e-6)
+        assert found["answers"] == run("one")["answers"]
+        assert np.shape(found["answers"]) == (8, 12)
     if lora == "full" and kind == "whole":
         assert set(found["share"].values()) == {1.0}
     elif lora == "full":
@@ -156,10 +174,10 @@ def test_a_loss_that_couples_pairs_sees_the_global_batch():
 def test_batch_that_does_not_divide_is_told(monkeypatch):
     from conftest import random_pairs, tiny_policy
 
-    import keras_dpo.distribution
     from keras_dpo import DPOModel
+    from keras_dpo.data import dataset
 
-    monkeypatch.setattr(keras_dpo.distribution, "data_parallel_size", lambda: 8)
+    monkeypatch.setattr(dataset, "data_parallel_size", lambda: 8)
     model = DPOModel(tiny_policy())
     model.compile()
     with pytest.raises(ValueError, match="Use a multiple of 8"):

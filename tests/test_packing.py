@@ -16,6 +16,7 @@ from keras_dpo.data.packing import (
     pack_batch,
     round_up,
 )
+from keras_dpo.distribution import BatchShare
 
 
 def dataset(count=90, batch_size=4, **options):
@@ -184,3 +185,29 @@ def test_lists_of_blocks_grow_with_the_row_and_not_its_square():
     assert width <= data.packed_lengths.max() // BLOCK + 3
     assert width < blocks / 4
     assert batch["block_counts_0"].max() <= width
+
+
+@pytest.mark.parametrize("count", [16, 5])
+@pytest.mark.parametrize(
+    "packing",
+    [
+        None,
+        Packing(micro_batches=2, devices=4),
+        Packing(micro_batches=2, devices=4, windows=(0, 96)),
+        Packing(devices=4, pack=False, share_prompt=False),
+        Packing(micro_batches=2, devices=4, sequence_length=400),
+    ],
+)
+def test_shares_are_parts_of_the_whole_batch(packing, count):
+    """Also of a batch whose last devices hold nothing."""
+    data = dataset(16, batch_size=16)
+    if packing is not None:
+        data = data.packed(packing)
+    order = data.batch_indices(0)[:count]
+    whole = data.make_batch(order)
+    shares = [BatchShare(0, 1, 4), BatchShare(1, 3, 4), BatchShare(3, 4, 4)]
+    parts = [data.make_batch(order, share) for share in shares]
+    assert all(part.keys() == whole.keys() for part in parts)
+    for name, array in whole.items():
+        joined = np.concatenate([part[name] for part in parts])
+        np.testing.assert_array_equal(joined, array)

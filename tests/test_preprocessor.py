@@ -283,7 +283,7 @@ def test_bos_survives_the_cut(bos_tokenizer):
 def test_on_overflow(smol_tokenizer):
     options = {"max_length": 64, "max_prompt_length": 60}
     preprocessor = smol(smol_tokenizer, on_overflow="error", **options)
-    with pytest.raises(ValueError, match="Record 1 is over the limit"):
+    with pytest.raises(ValueError, match="Row 1 is over the limit"):
         preprocessor.tokenize([{**TEXTS}, RECORD])
     preprocessor = smol(smol_tokenizer, on_overflow="drop", **options)
     assert one(preprocessor, RECORD).dropped == "over the limits"

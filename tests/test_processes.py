@@ -122,12 +122,16 @@ def outputs(started):
 
 def run(*arguments, **options):
     """Every process's result."""
-    results = []
-    for status, out, err in outputs(start(*arguments, **options)):
+    return results(start(*arguments, **options))
+
+
+def results(started):
+    found = []
+    for status, out, err in outputs(started):
         assert status == 0, err[-3000:]
         line = next(x for x in out.splitlines() if x.startswith("RESULT"))
-        results.append(json.loads(line.removeprefix("RESULT")))
-    return results
+        found.append(json.loads(line.removeprefix("RESULT")))
+    return found
 
 
 # By hand: KERAS_DPO_PROCESSES=4, KERAS_DPO_MESH=data=8.
@@ -151,6 +155,71 @@ def one(root):
 def many(root):
     """The results of several processes, eight devices in all."""
     return run(MESH, root / "many", PROCESSES)
+
+
+READ = """
+import json, sys
+import keras_dpo
+keras_dpo.distribution.start_processes()
+import jax
+from conftest import random_pairs
+from keras_dpo.data import pairs
+keras_dpo.distribution.PIECE_BYTES = 256
+# So that token ids go through a file.
+pairs.HELD_IN_MEMORY = 1000
+rows = [{**row, "weight": 1 + i / 7} if i % 3 else row
+        for i, row in enumerate(random_pairs(44))]
+rows[5] = {**rows[5], "rejected_ids": rows[5]["chosen_ids"]}
+rows[8] = {**rows[8], "rejected_ids": rows[8]["chosen_ids"]}
+rows[9]["extra"] = 1
+rows[:int(sys.argv[1])] = []
+if sys.argv[2] == "broken":
+    rows[31]["chosen_ids"] = "word"
+tokenized = []
+tokenize = keras_dpo.DPOPreprocessor.tokenize
+def counting(self, records, rows=None):
+    tokenized.extend(rows)
+    return tokenize(self, records, rows)
+keras_dpo.DPOPreprocessor.tokenize = counting
+error = None
+try:
+    data = keras_dpo.PreferenceDataset(rows, batch_size=16, verbose=False)
+except ValueError as caught:
+    print("RESULT" + json.dumps([tokenized, str(caught)]))
+else:
+    print("RESULT" + json.dumps([tokenized, dict(
+        report=data.report.lines(), rows=data.report.rows,
+        records=data.records, example=data.report.example,
+        ids=data.pairs.hash_token_ids(), extras=data.pairs.hash_extras(),
+        keys=data.pairs.prompt_keys.tolist(),
+        largest=data.pairs.largest_ids.tolist(),
+        pairs=[[*pair[:5], pair.extras] for pair in data.pairs])]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("left_out", "kind", "pairs"),
+    [(0, "whole", 42), (42, "whole", 2), (0, "broken", 0)],
+)
+def test_each_process_tokenizes_its_share(left_out, kind, pairs):
+    """And all hold what one process would; of 2 rows the third has none."""
+    arguments = ["-c", READ, str(left_out), kind]
+    ((_, one),) = results(launch(arguments, 1, 1))
+    found = results(launch(arguments, 3, 1))
+    for process, (read, result) in enumerate(found):
+        assert result == one
+        assert all(row % 3 == process for row in read)
+    if kind == "broken":
+        assert one.startswith("Row 31, field 'chosen_ids'")
+    else:
+        assert len(one["pairs"]) == len(one["rows"]) == pairs
+        assert sum(len(read) for read, _ in found) == pairs
+
+
+def test_processes_with_other_rows_are_told():
+    script = READ.replace("rows[:", "rows[:jax.process_index() + ")
+    for _, error in results(launch(["-c", script, "0", "whole"], 2, 1)):
+        assert "Processes 0 and 1 differ in rows of the list" in error
 
 
 def check_weights(found, expected, tolerance):

@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 
@@ -18,8 +20,16 @@ from keras_dpo.data.packing import (
     round_up,
 )
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.records import DataReport, each_record
+from keras_dpo.data.records import DataReport, each_record, joined
 from keras_dpo.data.sources import open_rows
+from keras_dpo.distribution import (
+    WHOLE_BATCH,
+    BatchShare,
+    check_processes_agree,
+    data_parallel_size,
+    of_all_processes,
+    own_share,
+)
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import (
     RECORDS_AT_ONCE,
@@ -97,7 +107,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         self.first_batch = 0
         self.preprocessor = preprocessor or DPOPreprocessor()
         self.report = DataReport()
-        self.records: list[Record] = []
+        self._numbered_records: list[tuple[int, Record]] = []
         self._rows = open_rows(source, split)
         self._column_map, self._ranked = column_map, ranked
         self.pairs = self._read_pairs(verbose)
@@ -127,30 +137,68 @@ class PreferenceDataset(keras.utils.PyDataset):
                 "make a data.PreferenceStream of it."
             )
 
-        def pairs() -> Iterator[Tokenized]:
-            for number, pair in self._tokenize(verbose=verbose):
+        def read(share: tuple[int, int]) -> Iterator[Tokenized]:
+            tokenized = self._tokenize(verbose=verbose, share=share)
+            for number, pair in tokenized:
                 self.report.rows.append(number)
                 yield pair
 
-        return TokenizedPairs(pairs())
+        # Not `process_count`, which would begin JAX: devices are chosen later.
+        if not jax.distributed.is_initialized():
+            return TokenizedPairs(read((0, 1)))
+        return self._read_in_shares(read)
+
+    def _read_in_shares(
+        self, read: Callable[[tuple[int, int]], Iterator[Tokenized]]
+    ) -> TokenizedPairs:
+        """Each process tokenises its part of the rows, and all get all."""
+        failure = None
+        try:
+            pairs = TokenizedPairs(
+                read((jax.process_index(), jax.process_count()))
+            )
+        except ValueError as error:
+            # The others wait for this process.
+            failure = str(error)
+        rows, self.report.rows = self.report.rows, []
+        told = of_all_processes(
+            (failure, dataclasses.asdict(self.report), self._numbered_records)
+        )
+        failures, reports, records = zip(*told, strict=True)
+        for failure in filter(None, failures):
+            raise ValueError(failure)
+        check_processes_agree(
+            {f"rows of {self._rows.name}": self.report.num_rows}
+        )
+        self.report = joined([DataReport(**report) for report in reports])
+        self._numbered_records = sorted(
+            chain(*records), key=operator.itemgetter(0)
+        )
+        pairs, self.report.rows = pairs.of_all_processes(rows)
+        return pairs
 
     def _tokenize(
-        self, first: int = 0, verbose: bool = False
+        self,
+        first: int = 0,
+        verbose: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[int, Tokenized]]:
         """(row, pair) of what to train on; the report gets what is dropped.
 
         Args:
             first: The row to begin with.
             verbose: Whether to show how far it is.
+            share: See `each_record`.
         """
         rows = islice(iter(self._rows), first, None)
         numbered = each_record(
-            rows, self.report, self._column_map, self._ranked, first
+            rows, self.report, self._column_map, self._ranked, first, share
         )
         done, bar, report = 0, None, self.report
+        records_kept = RECORDS_KEPT // share[1]
         while part := list(islice(numbered, RECORDS_AT_ONCE)):
-            records = [record for _, record in part]
-            tokenized = self.preprocessor.tokenize(records, done)
+            numbers, records = zip(*part, strict=True)
+            tokenized = self.preprocessor.tokenize(records, numbers)
             for (number, record), pair in zip(part, tokenized, strict=True):
                 if pair.dropped is not None:
                     report.drop(pair.dropped, number)
@@ -159,8 +207,8 @@ class PreferenceDataset(keras.utils.PyDataset):
                     report.count(f"rows with {note}")
                 report.count("empty answers", _empty_answers(record))
                 whole = not any("prompts trunc" in x for x in pair.notes)
-                if whole and len(self.records) < RECORDS_KEPT:
-                    self.records.append(record)
+                if whole and len(self._numbered_records) < records_kept:
+                    self._numbered_records.append((number, record))
                 yield number, pair
             done += len(part)
             if verbose and done >= RECORDS_AT_ONCE:
@@ -170,6 +218,11 @@ class PreferenceDataset(keras.utils.PyDataset):
                 bar.update(report.num_rows)
 
     # --- Order --------------------------------------------------------------
+
+    @property
+    def records(self) -> list[Record]:
+        """The first records that are kept as text."""
+        return [record for _, record in self._numbered_records]
 
     @property
     def num_pairs(self) -> int:
@@ -295,13 +348,17 @@ class PreferenceDataset(keras.utils.PyDataset):
     # --- Batches ------------------------------------------------------------
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        from keras_dpo.distribution import local_part
-
         indices = self.batch_indices(self.first_batch + index)
-        return local_part(self.make_batch(indices))
+        return self.make_batch(indices, own_share())
 
-    def make_batch(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
+    def make_batch(
+        self, indices: Iterable[int], share: BatchShare = WHOLE_BATCH
+    ) -> dict[str, np.ndarray]:
         """Arrays of the given pairs, padded to a shape of the list.
+
+        Args:
+            indices: Of a batch's pairs.
+            share: Whose rows to make, in the shape of the whole batch.
 
         Returns:
             `token_ids` `(pairs, 2, length)`; `completion_ids` and
@@ -310,18 +367,23 @@ class PreferenceDataset(keras.utils.PyDataset):
             `(pairs,)`; with a stored reference `reference_log_probs` `(pairs,
             2, tokens)`.
         """
-        indices = list(indices)
+        every = np.asarray(list(indices))
+        indices = every[share.of(self.batch_size)]
         pairs = [self.pairs[i] for i in indices]
-        size = self.batch_size
+        size = self.batch_size * (share.last - share.first) // share.devices
         batch: dict[str, np.ndarray]
         if self.packing is None:
-            bucket = self.buckets_of(np.asarray(indices)).max()
-            length, tokens = self.shapes[bucket]
+            length, tokens = self.shapes[self.buckets_of(every).max()]
             token_ids = np.zeros((size, 2, length), "int32")
             batch = {"token_ids": token_ids}
         else:
             tokens = self.shapes[-1][1]
-            batch = pack_batch(self.packing, pairs, size, tokens)
+            length = self.packing.row_length(self._longest_row(every))
+            packing = self.packing
+            if share is not WHOLE_BATCH:
+                own = share.last - share.first
+                packing = dataclasses.replace(packing, devices=own)
+            batch = pack_batch(packing, pairs, size, tokens, length)
         batch |= {
             "completion_ids": np.zeros((size, 2, tokens), "int32"),
             "completion_mask": np.zeros((size, 2, tokens), "int32"),
@@ -373,14 +435,19 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     def row_totals(self, epochs: int = 1) -> np.ndarray:
         """Tokens of the longest row of each batch, `(batches,)`."""
-        totals = []
+        return np.array(
+            [
+                self._longest_row(batch)
+                for number in range(epochs if self.shuffle else 1)
+                for batch in self._order(number)
+            ]
+        )
+
+    def _longest_row(self, indices: np.ndarray) -> int:
+        """Tokens of the longest row of a batch of these pairs."""
         row_of = (self.packing or Packing()).row_of(self.batch_size)
-        for number in range(epochs if self.shuffle else 1):
-            for batch in self._order(number):
-                rows = row_of[: len(batch)]
-                tokens = np.bincount(rows, self.packed_lengths[batch])
-                totals.append(tokens.max())
-        return np.array(totals, int)
+        lengths = self.packed_lengths[indices]
+        return int(np.bincount(row_of[: len(indices)], lengths).max())
 
     def describe_rows(self) -> str:
         """One line: how batches are laid out, and what that saves."""
@@ -466,7 +533,6 @@ class PreferenceDataset(keras.utils.PyDataset):
             ValueError: A token id is beyond the embedding, the batch does not
                 divide, or the loss needs what the data lacks.
         """
-        from keras_dpo.distribution import data_parallel_size
         from keras_dpo.reference import PrecomputedReference, vocabulary_size
 
         parts = micro_batches * data_parallel_size()

@@ -191,6 +191,7 @@ def pack_batch(
     pairs: Sequence[Tokenized],
     size: int,
     completion_tokens: int,
+    length: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The rows of a batch.
 
@@ -199,6 +200,7 @@ def pack_batch(
         pairs: At most `size` pairs.
         size: Pairs of a full batch.
         completion_tokens: Width of the batch's `completion_ids`.
+        length: Tokens of a row. None: what these pairs need.
 
     Returns:
         `row_ids`, `row_positions`, `row_segments` `(rows, length)`, segment
@@ -214,10 +216,10 @@ def pack_batch(
     """
     row_of = packing.row_of(size)
     rows = packing.num_rows(size)
-    totals = np.zeros(rows, int)
-    taken = packing.pair_lengths(lengths_of(pairs))
-    np.add.at(totals, row_of[: len(pairs)], taken)
-    length = packing.row_length(max(totals.max(), 1))
+    if length is None:
+        taken = packing.pair_lengths(lengths_of(pairs))
+        totals = np.bincount(row_of[: len(pairs)], taken)
+        length = packing.row_length(int(totals.max()))
     batch = {
         "row_ids": np.zeros((rows, length), "int32"),
         "row_positions": np.zeros((rows, length), "int32"),
