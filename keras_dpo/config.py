@@ -58,7 +58,8 @@ class DPOConfig:
             cache directory if left out, `none` to keep nothing.
         distributed: How processes of several hosts meet: `none`, `auto`, or the
             engine that JAX asks, such as `slurm`.
-        mesh: Devices to spread over, such as `data=4,model=2`; one if left out.
+        mesh: Devices to spread over, such as `data=4,model=2`. If left out: one
+            device, or all of several processes' as `data`.
         shard_parameters: Whether parameters, optimizer state and snapshot are
             split over the mesh's data axis (FSDP).
         lora_rank: Rank of LoRA adapters; 0 trains all weights.

@@ -4,18 +4,17 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import keras
 import numpy as np
 from jax.experimental import multihost_utils
+from keras.src.utils.rng_utils import get_random_seed
 
 from keras_dpo.sharding import MeshDistribution, parse_mesh
-
-# Bytes that a process sends to the others at once.
-PIECE_BYTES = 2**24
 
 
 def set_mesh(
@@ -47,8 +46,8 @@ def simulate_devices(number: int) -> None:
 def start_processes(method: str = "auto") -> None:
     """Meet the other processes of a run; call it before anything is built.
 
-    Does nothing where they have met already (Ray Train), or where there is
-    only this one.
+    Processes that have met already (Ray Train) do not meet again. Where no seed
+    is set, all take one: random weights and dropout are the same everywhere.
 
     Args:
         method: `"auto"` looks at the environment: `JAX_COORDINATOR_ADDRESS`
@@ -59,8 +58,16 @@ def start_processes(method: str = "auto") -> None:
     Raises:
         ValueError: The variables are incomplete.
     """
-    if jax.distributed.is_initialized():
-        return
+    if not jax.distributed.is_initialized():
+        _meet(method.lower())
+    if jax.distributed.is_initialized() and get_random_seed() is None:
+        seed = np.uint32(secrets.randbits(32))
+        keras.utils.set_random_seed(
+            int(multihost_utils.broadcast_one_to_all(seed))
+        )
+
+
+def _meet(method: str) -> None:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if os.environ.get(name)]
     if given and method == "auto":
@@ -139,39 +146,27 @@ def own_share() -> BatchShare:
 
 
 def of_all_processes(value: Any) -> list[Any]:
-    """Every process's value, of what JSON holds."""
+    """Every process's value, of what JSON holds, as JSON gives it back."""
     text = np.frombuffer(json.dumps(value).encode(), "uint8")
-    texts: list[Any] = [b""] * jax.process_count()
-    for process, part in pieces_of_all_processes(text):
-        texts[process] += part.tobytes()
-    return [json.loads(text) for text in texts]
+    sizes = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
+    # Few sizes: each is compiled.
+    padded = np.zeros(2 ** int(sizes.max()).bit_length(), "uint8")
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [
+        json.loads(text[:size].tobytes())
+        for text, size in zip(texts, sizes, strict=True)
+    ]
 
 
-def pieces_of_all_processes(
-    array: np.ndarray,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(process, piece) of every process's array, one after the other.
-
-    Args:
-        array: `(items,)` of at most 32 bits, as many as a process has.
-    """
-    at_once = PIECE_BYTES // array.itemsize
-    counts = multihost_utils.process_allgather(
-        np.array(divmod(len(array), at_once), "int32")
-    )
-    for process, (full, rest) in enumerate(counts.reshape(-1, 2).tolist()):
-        is_source = process == jax.process_index()
-        for first in range(0, full * at_once + rest, at_once):
-            size = min(at_once, full * at_once + rest - first)
-            piece = np.zeros(size, array.dtype)
-            if is_source:
-                piece = np.asarray(array[first : first + size])
-            yield (
-                process,
-                np.asarray(
-                    multihost_utils.broadcast_one_to_all(piece, is_source)
-                ),
-            )
+def check_processes_share_a_mesh() -> None:
+    """Raise where each of several processes would train alone."""
+    if jax.process_count() > 1 and keras.distribution.distribution() is None:
+        raise ValueError(
+            f"{jax.process_count()} processes have met, and there is no mesh: "
+            "each would train alone. Call keras_dpo.distribution.set_mesh("
+            f'{{"data": {jax.device_count()}}}) before the policy is made.'
+        )
 
 
 def check_processes_agree(values: dict[str, Any]) -> None:

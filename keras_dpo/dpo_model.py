@@ -24,6 +24,7 @@ from keras_dpo.data.packing import BLOCK, Packing, round_up
 from keras_dpo.data.stream import make_dataset, need_an_end
 from keras_dpo.distribution import (
     check_processes_agree,
+    check_processes_share_a_mesh,
     data_parallel_size,
 )
 from keras_dpo.execution import check_remat, choose_execution
@@ -335,6 +336,7 @@ class DPOModel(PreferenceSteps):
             ValueError: The data, or the first batch's self-check, is wrong.
         """
         self._assert_compile_called("fit")
+        check_processes_share_a_mesh()
         check_differentiable(self.policy)
         check_trainable_variables(self.policy, self._wrapped_variables)
         train = make_dataset(

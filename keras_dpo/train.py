@@ -254,10 +254,13 @@ def choose_attention(mechanism: str) -> None:
 
 def choose_mesh(config: DPOConfig) -> None:
     """Spread what is built from now on over the devices, if asked to."""
+    mesh: Any = config.mesh
     if config.distributed != "none":
         start_processes(config.distributed)
-    if config.mesh:
-        set_mesh(config.mesh, config.shard_parameters)
+        if mesh is None and jax.process_count() > 1:
+            mesh = {"data": jax.device_count()}
+    if mesh:
+        set_mesh(mesh, config.shard_parameters)
 
 
 def make_policy(config: DPOConfig, num_layers: int | None = None) -> Any:

@@ -51,9 +51,9 @@ def run(kind, lora, loss):
         for v in policy.trainable_variables:
             v.assign(0.1 * np.random.default_rng(2).standard_normal(v.shape))
     model = keras_dpo.DPOModel(policy)
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss=loss,
+    model.compile(optimizer=keras.optimizers.Adam(5e-3), loss=loss,
                   gradient_accumulation_steps=2)
-    data = keras_dpo.PreferenceDataset(random_pairs(46), batch_size=16,
+    data = keras_dpo.PreferenceDataset(random_pairs(78), batch_size=16,
                                        verbose=False, buckets=[32])
     losses = []
     class Keep(keras.callbacks.Callback):
@@ -121,7 +121,7 @@ def assert_equal(found, expected):
     assert found["devices"] == 8
     assert expected["devices"] == 1
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
-    assert len(found["losses"]) == 3
+    assert len(found["losses"]) == 5
     if found["margins"]:
         np.testing.assert_allclose(
             found["margins"], expected["margins"], atol=1e-4
@@ -131,15 +131,13 @@ def assert_equal(found, expected):
         )
     for name in ("weights", "snapshot"):
         for a, b in zip(found[name], expected[name], strict=True):
-            # Adam divides rounding noise by its own size: 1e-5 of the rate
-            # of 1e-2 would be too strict for single weights.
-            np.testing.assert_allclose(a, b, atol=2e-5)
+            np.testing.assert_allclose(a, b, atol=1e-5)
     assert found["snapshot_sharding"] == found["policy_sharding"]
 
 
 @pytest.mark.parametrize("kind", ["data", "model"])
 def test_meshes_equal_one_device(kind):
-    """Losses, rewards, policy and synced reference after three steps."""
+    """Losses, rewards, policy and synced reference after five steps."""
     found = run(kind)
     assert_equal(found, run("one"))
     assert found["margins"] or kind == "model"

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from itertools import chain
 from subprocess import PIPE, Popen, TimeoutExpired
 
 import jax
@@ -75,7 +76,26 @@ def start(mesh, directory, processes=1, epochs=2, every=2, pause=0.0):
     return launch(["-c", SCRIPT, *options], processes, devices)
 
 
-def launch(arguments, processes, devices):
+def by_hand(port, index, processes):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
+def by_slurm(port, index, processes):
+    """What `srun` sets; JAX makes the port of the job's number."""
+    return {
+        "SLURM_JOB_ID": str(port % 2**12),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(processes),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+    }
+
+
+def launch(arguments, processes, devices, variables=by_hand):
     """Python processes that meet, each with so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -84,11 +104,7 @@ def launch(arguments, processes, devices):
     for index in range(processes):
         environment = environment_of_devices(devices)
         if processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(index),
-            }
+            environment |= variables(port, index, processes)
         started.append(
             Popen(
                 [sys.executable, *arguments],
@@ -163,31 +179,34 @@ import keras_dpo
 keras_dpo.distribution.start_processes()
 import jax
 from conftest import random_pairs
-from keras_dpo.data import pairs
-keras_dpo.distribution.PIECE_BYTES = 256
-# So that token ids go through a file.
-pairs.HELD_IN_MEMORY = 1000
+from keras_dpo.data import reading
+reading.RECORDS_AT_ONCE = 8
 rows = [{**row, "weight": 1 + i / 7} if i % 3 else row
         for i, row in enumerate(random_pairs(44))]
 rows[5] = {**rows[5], "rejected_ids": rows[5]["chosen_ids"]}
 rows[8] = {**rows[8], "rejected_ids": rows[8]["chosen_ids"]}
-rows[9]["extra"] = 1
+rows[9]["margin"] = 1.5
 rows[:int(sys.argv[1])] = []
-if sys.argv[2] == "broken":
-    rows[31]["chosen_ids"] = "word"
 tokenized = []
 tokenize = keras_dpo.DPOPreprocessor.tokenize
 def counting(self, records, rows=None):
+    if sys.argv[2] == "refused" and 31 in rows:
+        raise ValueError("Row 31 is refused.")
     tokenized.extend(rows)
     return tokenize(self, records, rows)
 keras_dpo.DPOPreprocessor.tokenize = counting
 error = None
 try:
     data = keras_dpo.PreferenceDataset(rows, batch_size=16, verbose=False)
+    read = list(tokenized)
+    stream = keras_dpo.data.PreferenceStream(
+        rows, keras_dpo.DPOPreprocessor(None, 64, 32), batch_size=8,
+        steps_per_epoch=4, verbose=False)
 except ValueError as caught:
     print("RESULT" + json.dumps([tokenized, str(caught)]))
 else:
-    print("RESULT" + json.dumps([tokenized, dict(
+    print("RESULT" + json.dumps([read, dict(
+        stream=[stream[i]["completion_ids"].tolist() for i in range(9)],
         report=data.report.lines(), rows=data.report.rows,
         records=data.records, example=data.report.example,
         ids=data.pairs.hash_token_ids(), extras=data.pairs.hash_extras(),
@@ -199,27 +218,54 @@ else:
 
 @pytest.mark.parametrize(
     ("left_out", "kind", "pairs"),
-    [(0, "whole", 42), (42, "whole", 2), (0, "broken", 0)],
+    [
+        (0, "whole", 42),
+        (42, "whole", 2),
+        (0, "refused", 0),
+    ],
 )
 def test_each_process_tokenizes_its_share(left_out, kind, pairs):
     """And all hold what one process would; of 2 rows the third has none."""
     arguments = ["-c", READ, str(left_out), kind]
     ((_, one),) = results(launch(arguments, 1, 1))
     found = results(launch(arguments, 3, 1))
-    for process, (read, result) in enumerate(found):
-        assert result == one
-        assert all(row % 3 == process for row in read)
-    if kind == "broken":
-        assert one.startswith("Row 31, field 'chosen_ids'")
+    assert all(result == one for _, result in found)
+    reads = [read for read, _ in found]
+    if kind != "whole":
+        assert one.startswith("Row 31")
     else:
         assert len(one["pairs"]) == len(one["rows"]) == pairs
-        assert sum(len(read) for read, _ in found) == pairs
+        assert sorted(chain(*reads)) == one["rows"]
+        assert max(map(len, reads)) <= -(-pairs // 3) + 1
+
+
+MEET = """
+import json, sys
+import keras_dpo
+if sys.argv[1] == "met":
+    import jax
+    jax.distributed.initialize()
+    keras_dpo.distribution.start_processes()
+else:
+    keras_dpo.distribution.start_processes(sys.argv[1])
+import jax, keras
+print("RESULT" + json.dumps([jax.process_index(), jax.process_count(),
+                             float(keras.random.uniform((1,))[0])]))
+"""
+
+
+@pytest.mark.parametrize("method", ["SLURM", "auto", "met"])
+def test_processes_meet_as_on_slurm(method):
+    """Without a seed of their own they draw the same numbers."""
+    found = results(launch(["-c", MEET, method], 2, 1, by_slurm))
+    assert [result[:2] for result in found] == [[0, 2], [1, 2]]
+    assert found[0][2] == found[1][2]
 
 
 def test_processes_with_other_rows_are_told():
-    script = READ.replace("rows[:", "rows[:jax.process_index() + ")
+    script = READ.replace("rows[9]", "rows[9 + jax.process_index()]")
     for _, error in results(launch(["-c", script, "0", "whole"], 2, 1)):
-        assert "Processes 0 and 1 differ in rows of the list" in error
+        assert "Processes 0 and 1 read other rows of the list" in error
 
 
 def check_weights(found, expected, tolerance):
@@ -290,15 +336,21 @@ def test_the_command_over_processes_equals_one(root):
         return losses, values_of(policy.weights), ended
 
     one = train("command_one", 1, 1)
-    many = train(
-        "command_many", 2, 2, "--distributed", "auto", "--mesh", "data=4"
-    )
+    many = train("command_many", 2, 2, "--distributed", "auto")
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     for a, b in zip(many[1], one[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     # The first alone prints.
     assert "Policy:" in many[2][0][1]
     assert "Policy:" not in many[2][1][1]
+
+
+def test_processes_without_a_mesh_are_told(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    model = keras_dpo.DPOModel(tiny_policy())
+    model.compile()
+    with pytest.raises(ValueError, match=r'set_mesh\(\{"data": 1\}\)'):
+        model.fit(random_pairs(4), verbose=0)
 
 
 def test_a_directory_that_hosts_do_not_share(monkeypatch, tmp_path):

@@ -11,8 +11,8 @@ from conftest import random_pairs, tiny_policy, values_of
 import keras_dpo
 from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor
 from keras_dpo.callbacks import TrainingBackup
-from keras_dpo.data import PreferenceStream
-from keras_dpo.data import dataset as dataset_module
+from keras_dpo.data import PreferenceStream, reading
+from keras_dpo.data import order as order_module
 from keras_dpo.data import stream as stream_module
 
 LIMITS = DPOPreprocessor(None, max_length=32, max_prompt_length=16)
@@ -21,7 +21,7 @@ LIMITS = DPOPreprocessor(None, max_length=32, max_prompt_length=16)
 @pytest.fixture(autouse=True)
 def _short_windows(monkeypatch):
     """Windows of four batches."""
-    for module in (dataset_module, stream_module):
+    for module in (order_module, stream_module):
         monkeypatch.setattr(module, "BALANCED_BATCHES", 4)
 
 
@@ -77,7 +77,7 @@ def test_every_pair_comes_once_a_pass():
 
 
 def test_only_what_is_needed_is_read(monkeypatch):
-    monkeypatch.setattr(dataset_module, "RECORDS_AT_ONCE", 8)
+    monkeypatch.setattr(reading, "RECORDS_AT_ONCE", 8)
     source = Source(random_pairs(400))
     data = stream(source)
     assert source.asked <= 8
@@ -170,7 +170,8 @@ def test_going_on_skips_what_was_tokenised():
     seen(data, 15)
     again = stream(random_pairs(40))
     again.set_state(data.get_state())
-    again._tokenize = tokenize = Counting(again._tokenize)
+    reader = again._reader
+    reader.each_pair = tokenize = Counting(reader.each_pair)
     np.testing.assert_array_equal(
         again[14]["completion_ids"], data[14]["completion_ids"]
     )
@@ -181,9 +182,9 @@ class Counting:
     def __init__(self, function):
         self.function, self.firsts = function, []
 
-    def __call__(self, first=0, verbose=False):
+    def __call__(self, first=0):
         self.firsts.append(first)
-        return self.function(first, verbose)
+        return self.function(first)
 
 
 def test_what_cannot_be_is_told():

@@ -2,47 +2,35 @@
 
 import copy
 import dataclasses
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import keras
 import numpy as np
 
 from keras_dpo.data.layouts import Record
+from keras_dpo.data.order import balanced_batches, batches_of_buckets
 from keras_dpo.data.packing import (
     Packing,
     choose_lengths,
-    deal,
     pack_batch,
     round_up,
 )
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.records import DataReport, each_record, joined
+from keras_dpo.data.reading import PairReader
+from keras_dpo.data.records import DataReport
 from keras_dpo.data.sources import open_rows
 from keras_dpo.distribution import (
     WHOLE_BATCH,
     BatchShare,
-    check_processes_agree,
     data_parallel_size,
-    of_all_processes,
     own_share,
 )
 from keras_dpo.messages import say
-from keras_dpo.preprocessor import (
-    RECORDS_AT_ONCE,
-    DPOPreprocessor,
-    Tokenized,
-)
+from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
 
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-# Batches whose pairs are dealt among them, so that all are about as long.
-BALANCED_BATCHES = 64
-# Records that are kept as text, for samples and examples.
-RECORDS_KEPT = 1000
 SUM_FIELDS = ("reference_chosen_log_prob", "reference_rejected_log_prob")
 
 
@@ -106,10 +94,9 @@ class PreferenceDataset(keras.utils.PyDataset):
         # Of the current epoch; above 0 where a run goes on inside it.
         self.first_batch = 0
         self.preprocessor = preprocessor or DPOPreprocessor()
-        self.report = DataReport()
-        self._numbered_records: list[tuple[int, Record]] = []
-        self._rows = open_rows(source, split)
-        self._column_map, self._ranked = column_map, ranked
+        self._reader = PairReader(
+            open_rows(source, split), self.preprocessor, column_map, ranked
+        )
         self.pairs = self._read_pairs(verbose)
         if verbose:
             for line in self.report.lines():
@@ -131,98 +118,25 @@ class PreferenceDataset(keras.utils.PyDataset):
         self._read_reference()
 
     def _read_pairs(self, verbose: bool) -> TokenizedPairs:
-        if self._rows.is_endless:
+        rows = self._reader.rows
+        if rows.is_endless:
             raise ValueError(
-                f"{self._rows.name} has no end. Give fit steps_per_epoch, or "
-                "make a data.PreferenceStream of it."
+                f"{rows.name} has no end. Give fit steps_per_epoch, or make a "
+                "data.PreferenceStream of it."
             )
+        return self._reader.read_all(verbose)
 
-        def read(share: tuple[int, int]) -> Iterator[Tokenized]:
-            tokenized = self._tokenize(verbose=verbose, share=share)
-            for number, pair in tokenized:
-                self.report.rows.append(number)
-                yield pair
-
-        # Not `process_count`, which would begin JAX: devices are chosen later.
-        if not jax.distributed.is_initialized():
-            return TokenizedPairs(read((0, 1)))
-        return self._read_in_shares(read)
-
-    def _read_in_shares(
-        self, read: Callable[[tuple[int, int]], Iterator[Tokenized]]
-    ) -> TokenizedPairs:
-        """Each process tokenises its part of the rows, and all get all."""
-        failure = None
-        try:
-            pairs = TokenizedPairs(
-                read((jax.process_index(), jax.process_count()))
-            )
-        except ValueError as error:
-            # The others wait for this process.
-            failure = str(error)
-        rows, self.report.rows = self.report.rows, []
-        told = of_all_processes(
-            (failure, dataclasses.asdict(self.report), self._numbered_records)
-        )
-        failures, reports, records = zip(*told, strict=True)
-        for failure in filter(None, failures):
-            raise ValueError(failure)
-        check_processes_agree(
-            {f"rows of {self._rows.name}": self.report.num_rows}
-        )
-        self.report = joined([DataReport(**report) for report in reports])
-        self._numbered_records = sorted(
-            chain(*records), key=operator.itemgetter(0)
-        )
-        pairs, self.report.rows = pairs.of_all_processes(rows)
-        return pairs
-
-    def _tokenize(
-        self,
-        first: int = 0,
-        verbose: bool = False,
-        share: tuple[int, int] = (0, 1),
-    ) -> Iterator[tuple[int, Tokenized]]:
-        """(row, pair) of what to train on; the report gets what is dropped.
-
-        Args:
-            first: The row to begin with.
-            verbose: Whether to show how far it is.
-            share: See `each_record`.
-        """
-        rows = islice(iter(self._rows), first, None)
-        numbered = each_record(
-            rows, self.report, self._column_map, self._ranked, first, share
-        )
-        done, bar, report = 0, None, self.report
-        records_kept = RECORDS_KEPT // share[1]
-        while part := list(islice(numbered, RECORDS_AT_ONCE)):
-            numbers, records = zip(*part, strict=True)
-            tokenized = self.preprocessor.tokenize(records, numbers)
-            for (number, record), pair in zip(part, tokenized, strict=True):
-                if pair.dropped is not None:
-                    report.drop(pair.dropped, number)
-                    continue
-                for note in dict.fromkeys(pair.notes):
-                    report.count(f"rows with {note}")
-                report.count("empty answers", _empty_answers(record))
-                whole = not any("prompts trunc" in x for x in pair.notes)
-                if whole and len(self._numbered_records) < records_kept:
-                    self._numbered_records.append((number, record))
-                yield number, pair
-            done += len(part)
-            if verbose and done >= RECORDS_AT_ONCE:
-                bar = bar or keras.utils.Progbar(
-                    self._rows.count, unit_name="row"
-                )
-                bar.update(report.num_rows)
-
-    # --- Order --------------------------------------------------------------
+    @property
+    def report(self) -> DataReport:
+        """What was found in the data, dropped and cut."""
+        return self._reader.report
 
     @property
     def records(self) -> list[Record]:
-        """The first records that are kept as text."""
-        return [record for _, record in self._numbered_records]
+        """The first records that are trained on whole, as text."""
+        return self._reader.records
+
+    # --- Order --------------------------------------------------------------
 
     @property
     def num_pairs(self) -> int:
@@ -275,44 +189,17 @@ class PreferenceDataset(keras.utils.PyDataset):
         if self.shuffle:
             order = random.permutation(order)
         if self.packing is not None:
-            batches = self._balanced(order, self.packing)
-            if not self.shuffle:
-                return batches
-            # Which batch of its window a pair is dealt to follows from its
-            # length: when the batch comes must not.
-            return [batches[i] for i in random.permutation(len(batches))]
-        bucket_of = self.buckets_of(np.arange(self.num_pairs))
-        batches, left = [], np.array([], int)
-        for bucket in range(len(self.shapes)):
-            members = np.concatenate([left, order[bucket_of[order] == bucket]])
-            full = len(members) // self.batch_size * self.batch_size
-            batches += np.split(members[:full], full // self.batch_size or 1)
-            left = members[full:]
-        batches = [batch for batch in (*batches, left) if len(batch)]
+            batches = balanced_batches(
+                order, self.packed_lengths, self.batch_size, self.packing
+            )
+        else:
+            buckets = self.buckets_of(order)
+            batches = batches_of_buckets(order, buckets, self.batch_size)
         if self.shuffle:
+            # Which batch a pair is in follows from its length: when the batch
+            # comes must not.
             batches = [batches[i] for i in random.permutation(len(batches))]
         return batches
-
-    def _balanced(
-        self, order: np.ndarray, packing: Packing
-    ) -> list[np.ndarray]:
-        """Batches of about as many tokens, pairs that do not fill one last.
-
-        Every pair is in one batch and every batch has as many pairs, so the
-        expectation of a step is that of batches drawn at random.
-        """
-        lengths = self.packed_lengths
-        full = len(order) // self.batch_size
-        batches = []
-        for first in range(0, full, BALANCED_BATCHES):
-            last = min(first + BALANCED_BATCHES, full)
-            window = order[first * self.batch_size : last * self.batch_size]
-            batches += [
-                window[part] for part in deal(lengths[window], last - first)
-            ]
-        batches = [b[packing.order(lengths[b])] for b in batches]
-        rest = order[full * self.batch_size :]
-        return [*batches, rest] if len(rest) else batches
 
     def buckets_of(self, indices: np.ndarray) -> np.ndarray:
         """Which of `shapes` each pair is padded to, `(pairs,)`."""
@@ -599,16 +486,6 @@ class _SummedReference:
             first = 0 if scored is None else scored.index(True)
             stored[side, first] = pair.extras[SUM_FIELDS[side]]
         return stored
-
-
-def _empty_answers(record: Record) -> int:
-    count = 0
-    for side in ("chosen", "rejected"):
-        answer = record.get(side, "x")
-        if isinstance(answer, list):
-            answer = "".join(message["content"] for message in answer)
-        count += not answer.strip()
-    return count
 
 
 def _choose_shapes(

@@ -13,7 +13,6 @@ import numpy as np
 
 from keras_dpo.compilation import cache_directory
 from keras_dpo.data.records import EXTRA_FIELDS
-from keras_dpo.distribution import pieces_of_all_processes
 from keras_dpo.preprocessor import Tokenized
 
 # Bytes of token ids above which they are held in a file.
@@ -59,7 +58,8 @@ class TokenizedPairs(Sequence[Tokenized]):
         self.largest_ids = np.array(largest)
         self.prompt_keys = np.array(keys)
         self._extras = {name: np.array(v) for name, v in extras.items()}
-        self._starts = _starts(self.lengths)
+        ends = np.cumsum(self.lengths.sum(axis=1))
+        self._starts = ends - self.lengths.sum(axis=1)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -91,43 +91,6 @@ class TokenizedPairs(Sequence[Tokenized]):
         view._extras = {name: v[index] for name, v in self._extras.items()}
         return view
 
-    def of_all_processes(
-        self, rows: Sequence[int]
-    ) -> tuple["TokenizedPairs", list[int]]:
-        """The pairs that all processes have read, in the order of their rows.
-
-        Args:
-            rows: Of this process's own pairs.
-
-        Returns:
-            The pairs, and the rows that they come from.
-        """
-        columns = [
-            *self.lengths.T,
-            self.largest_ids,
-            self.prompt_keys,
-            *self._extras.values(),
-            np.array(rows, "int64"),
-        ]
-        own = np.stack([column.view("int64") for column in columns], axis=1)
-        # JAX moves numbers of 32 bits at most.
-        pieces = pieces_of_all_processes(own.reshape(-1).view("int32"))
-        table = np.concatenate([np.zeros(0, "int32"), *(p for _, p in pieces)])
-        columns = list(table.view("int64").reshape(-1, len(columns)).T.copy())
-        file = _TokenFile()
-        for _, ids in pieces_of_all_processes(self._ids):
-            file.write(ids)
-        whole = copy.copy(self)
-        whole._ids = file.read_back()
-        whole.lengths = np.stack(columns[:3], axis=1)
-        whole.largest_ids = columns[3]
-        whole.prompt_keys = columns[4].view("uint64")
-        extras = (column.view("float64") for column in columns[5:-1])
-        whole._extras = dict(zip(self._extras, extras, strict=True))
-        whole._starts = _starts(whole.lengths)
-        order = np.argsort(columns[-1], kind="stable")
-        return whole[order], columns[-1][order].tolist()
-
     @property
     def sequence_lengths(self) -> np.ndarray:
         """Tokens of the prompt with the longer completion, `(pairs,)`."""
@@ -150,7 +113,7 @@ class TokenizedPairs(Sequence[Tokenized]):
         """Of every prompt and completion, in order, and what is scored."""
         digest = hashlib.blake2b(self.lengths.tobytes(), digest_size=16)
         sizes = self.lengths.sum(axis=1)
-        if np.array_equal(self._starts, _starts(self.lengths)):
+        if np.array_equal(self._starts, np.cumsum(sizes) - sizes):
             parts: Any = np.split(
                 self._ids[: sizes.sum()],
                 range(HASHED_AT_ONCE, int(sizes.sum()), HASHED_AT_ONCE),
@@ -173,12 +136,6 @@ class TokenizedPairs(Sequence[Tokenized]):
 def lengths_of(pairs: Sequence[Tokenized]) -> np.ndarray:
     """Tokens of prompt, chosen and rejected, `(pairs, 3)`."""
     return np.array([list(map(len, pair[:3])) for pair in pairs])
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each pair begins, of pairs one after the other."""
-    sizes = lengths.sum(axis=1)
-    return np.cumsum(sizes) - sizes
 
 
 def _marked(ids: list[int], scored: list[bool] | None) -> np.ndarray:

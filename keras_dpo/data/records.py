@@ -1,7 +1,7 @@
 """Rows as they are found -> records of prompt, chosen and rejected."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from keras_dpo.data import layouts
 from keras_dpo.data.layouts import Record, Row, RowError, TieError
@@ -68,21 +68,6 @@ class DataReport:
         return lines
 
 
-def joined(reports: Sequence[DataReport]) -> DataReport:
-    """One report of a source that was read in shares; `rows` are left out."""
-    whole = DataReport(reports[0].layout, reports[0].num_rows)
-    for report in reports:
-        for cause, rows in report.dropped.items():
-            others = whole.dropped.get(cause, [])
-            whole.dropped[cause] = sorted([*others, *rows])
-        for cause, number in report.counts.items():
-            whole.count(cause, number)
-        unused = {*whole.unused_columns, *report.unused_columns}
-        whole.unused_columns = sorted(unused)
-        whole.example = whole.example or report.example
-    return whole
-
-
 def normalize_records(
     rows: Iterable[Row],
     column_map: Mapping[str, str] | None = None,
@@ -124,13 +109,11 @@ def each_record(
     column_map: Mapping[str, str] | None = None,
     ranked: str = "best_vs_worst",
     first: int = 0,
-    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, Record]]:
     """(row number, record) one by one; see `normalize_records`.
 
     What happened on the way is written into the report; its `rows` are left
-    to the caller. `first` is the number of the first row. `share` is which of
-    how many parts to take: every so many-th row.
+    to the caller. `first` is the number of the first row.
     """
     if ranked not in ("best_vs_worst", "all"):
         raise ValueError(
@@ -141,17 +124,12 @@ def each_record(
     unused: set[str] = set()
     scores = [name for pair in SCORE_COLUMNS for name in pair]
     for number, row in enumerate(rows, first):
-        report.num_rows += 1
-        is_own = number % share[1] == share[0]
-        if layout is not None and not is_own:
-            continue
         row = _renamed(row, number, column_map)
         if layout is None:
             layout = layouts.detect(row)
             report.layout = layout.name
             used = {*layout.columns, *EXTRA_FIELDS, *scores}
-        if not is_own:
-            continue
+        report.num_rows += 1
         unused |= row.keys() - used
         for record in _convert(layout, row, number, ranked, report):
             if _same(record):

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from keras_dpo.data.dataset import (
-    BALANCED_BATCHES,
     DEFAULT_BATCH_SIZE,
     DEFAULT_BUCKETS,
     PreferenceDataset,
 )
+from keras_dpo.data.order import BALANCED_BATCHES
 from keras_dpo.data.packing import BLOCK, Packing, round_up
 from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.data.sources import has_length, open_rows
@@ -207,14 +207,14 @@ class _Windows:
         return self._kept[number]
 
     def _begin(self, start: Start) -> None:
-        rows = self._stream._rows
+        rows = self._stream._reader.rows
         if self._next is not None and rows.is_iterator:
             raise ValueError(
                 f"{rows.name} is an iterator, which cannot be read again from "
                 f"row {start.row}. Pass a dataset that can, or fewer steps."
             )
         self._place = start
-        self._pairs = self._stream._tokenize(start.row)
+        self._pairs = self._stream._reader.each_pair(start.row)
 
     def _read(self) -> tuple[TokenizedPairs, list[int]]:
         rows: list[int] = []

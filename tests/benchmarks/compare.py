@@ -135,6 +135,8 @@ def main():
     parser.add_argument("--longest_prompts", action="store_true")
     parser.add_argument("--timeout", type=float, default=3600)
     args = parser.parse_args()
+    # Or TRL would cut what is longer, and do less than the others.
+    args.max_length = max(args.max_length, args.tokens or 0)
     seconds = {side: [] for side in args.sides}
     peaks = dict.fromkeys(args.sides, 0)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,149 @@
+"""Rows of a source -> tokenised pairs, and what was found on the way."""
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import jax
+import keras
+
+from keras_dpo.data.layouts import Record
+from keras_dpo.data.pairs import TokenizedPairs
+from keras_dpo.data.records import DataReport, each_record
+from keras_dpo.data.sources import Rows
+from keras_dpo.distribution import of_all_processes
+from keras_dpo.preprocessor import (
+    RECORDS_AT_ONCE,
+    DPOPreprocessor,
+    Tokenized,
+)
+
+# Records that are kept as text, for samples and examples.
+RECORDS_KEPT = 1000
+
+
+class PairReader:
+    """Reads rows one by one and tokenises them; several processes together.
+
+    Args:
+        rows: The source, the same on every process.
+        preprocessor: Makes token ids of records.
+        column_map: Our field name -> the data's column name.
+        ranked: For scored lists, `"best_vs_worst"` or `"all"` pairs.
+
+    Attributes:
+        report: What was found, dropped and cut so far.
+        records: The first records that are trained on whole, as text.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        preprocessor: DPOPreprocessor,
+        column_map: dict[str, str] | None = None,
+        ranked: str = "best_vs_worst",
+    ) -> None:
+        self.rows = rows
+        self.report = DataReport()
+        self.records: list[Record] = []
+        self._preprocessor = preprocessor
+        self._column_map, self._ranked = column_map, ranked
+
+    def read_all(self, verbose: bool) -> TokenizedPairs:
+        """The pairs of all rows; the report's `rows` are theirs.
+
+        Args:
+            verbose: Whether to show how far it is.
+        """
+
+        def pairs() -> Iterator[Tokenized]:
+            for number, pair in self.each_pair(verbose=verbose):
+                self.report.rows.append(number)
+                yield pair
+
+        return TokenizedPairs(pairs())
+
+    def each_pair(
+        self, first: int = 0, verbose: bool = False
+    ) -> Iterator[tuple[int, Tokenized]]:
+        """(row, pair) of what to train on; the report gets what is dropped.
+
+        Args:
+            first: The row to begin with.
+            verbose: Whether to show how far it is.
+
+        Raises:
+            ValueError: A row is broken, on any process, or processes read
+                other rows.
+        """
+        rows = islice(iter(self.rows), first, None)
+        numbered = each_record(
+            rows, self.report, self._column_map, self._ranked, first
+        )
+        # Not `process_count` alone, which would begin JAX: devices are chosen
+        # later.
+        met = jax.distributed.is_initialized()
+        processes = jax.process_count() if met else 1
+        verbose = verbose and not (met and jax.process_index())
+        done, bar, report = 0, None, self.report
+        part: Any = True
+        while part:
+            part = list(islice(numbered, RECORDS_AT_ONCE * processes))
+            tokenized = self._tokenize(part, processes)
+            for (number, record), pair in zip(part, tokenized, strict=True):
+                if pair.dropped is not None:
+                    report.drop(pair.dropped, number)
+                    continue
+                for note in dict.fromkeys(pair.notes):
+                    report.count(f"rows with {note}")
+                report.count("empty answers", _empty_answers(record))
+                whole = not any("prompts trunc" in x for x in pair.notes)
+                if whole and len(self.records) < RECORDS_KEPT:
+                    self.records.append(record)
+                yield number, pair
+            done += len(part)
+            if verbose and done >= RECORDS_AT_ONCE:
+                bar = bar or keras.utils.Progbar(
+                    self.rows.count, unit_name="row"
+                )
+                bar.update(report.num_rows)
+
+    def _tokenize(
+        self, part: list[tuple[int, Record]], processes: int
+    ) -> list[Tokenized]:
+        """Each process tokenises its share, and all get all."""
+        numbers = [number for number, _ in part]
+        records = [record for _, record in part]
+        if processes == 1:
+            return self._preprocessor.tokenize(records, numbers)
+        own = slice(jax.process_index(), None, processes)
+        failure, pairs = None, []
+        try:
+            pairs = self._preprocessor.tokenize(records[own], numbers[own])
+        except ValueError as error:
+            # The others wait for this process.
+            failure = str(error)
+        digest = hashlib.blake2b(repr(part).encode(), digest_size=8)
+        told = of_all_processes((digest.hexdigest(), failure, pairs))
+        tokenized: list[Any] = [None] * len(part)
+        for process, (digest, failure, pairs) in enumerate(told):
+            if digest != told[0][0]:
+                raise ValueError(
+                    f"Processes 0 and {process} read other rows of "
+                    f"{self.rows.name}. Give every process the same data."
+                )
+            if failure:
+                raise ValueError(failure)
+            tokenized[process::processes] = [Tokenized(*x) for x in pairs]
+        return tokenized
+
+
+def _empty_answers(record: Record) -> int:
+    count = 0
+    for side in ("chosen", "rejected"):
+        answer = record.get(side, "x")
+        if isinstance(answer, list):
+            answer = "".join(message["content"] for message in answer)
+        count += not answer.strip()
+    return count
