@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--trl", required=True, help="Python with torch")
     args = parser.parse_args()
     ours, torch = [], []
-    for _ in range(3):
+    for _ in range(10):
         ours += seconds(args.ours, OURS)
         torch += seconds(args.trl, TORCH)
     ours, torch = statistics.median(ours), statistics.median(torch)
