@@ -206,7 +206,8 @@ except ValueError as caught:
     print("RESULT" + json.dumps([tokenized, str(caught)]))
 else:
     print("RESULT" + json.dumps([read, dict(
-        stream=[stream[i]["completion_ids"].tolist() for i in range(9)],
+        stream=[stream[i]["completion_ids"].tolist() for i in range(9)
+                if len(rows) > 8],
         report=data.report.lines(), rows=data.report.rows,
         records=data.records, example=data.report.example,
         ids=data.pairs.hash_token_ids(), extras=data.pairs.hash_extras(),
@@ -254,7 +255,7 @@ print("RESULT" + json.dumps([jax.process_index(), jax.process_count(),
 """
 
 
-@pytest.mark.parametrize("method", ["SLURM", "auto", "met"])
+@pytest.mark.parametrize("method", ["SLURM", "met"])
 def test_processes_meet_as_on_slurm(method):
     """Without a seed of their own they draw the same numbers."""
     found = results(launch(["-c", MEET, method], 2, 1, by_slurm))
