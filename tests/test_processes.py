@@ -195,7 +195,6 @@ def counting(self, records, rows=None):
     tokenized.extend(rows)
     return tokenize(self, records, rows)
 keras_dpo.DPOPreprocessor.tokenize = counting
-error = None
 try:
     data = keras_dpo.PreferenceDataset(rows, batch_size=16, verbose=False)
     read = list(tokenized)

@@ -255,9 +255,10 @@ class PreferenceDataset(keras.utils.PyDataset):
             2, tokens)`.
         """
         every = np.asarray(list(indices))
-        indices = every[share.of(self.batch_size)]
+        own = share.of(self.batch_size)
+        size = own.stop - own.start
+        indices = every[own]
         pairs = [self.pairs[i] for i in indices]
-        size = self.batch_size * (share.last - share.first) // share.devices
         batch: dict[str, np.ndarray]
         if self.packing is None:
             length, tokens = self.shapes[self.buckets_of(every).max()]
@@ -266,10 +267,8 @@ class PreferenceDataset(keras.utils.PyDataset):
         else:
             tokens = self.shapes[-1][1]
             length = self.packing.row_length(self._longest_row(every))
-            packing = self.packing
-            if share is not WHOLE_BATCH:
-                own = share.last - share.first
-                packing = dataclasses.replace(packing, devices=own)
+            devices = self.packing.devices * size // self.batch_size
+            packing = dataclasses.replace(self.packing, devices=devices)
             batch = pack_batch(packing, pairs, size, tokens, length)
         batch |= {
             "completion_ids": np.zeros((size, 2, tokens), "int32"),
@@ -332,9 +331,9 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     def _longest_row(self, indices: np.ndarray) -> int:
         """Tokens of the longest row of a batch of these pairs."""
-        row_of = (self.packing or Packing()).row_of(self.batch_size)
+        packing = self.packing or Packing()
         lengths = self.packed_lengths[indices]
-        return int(np.bincount(row_of[: len(indices)], lengths).max())
+        return packing.longest_row(lengths, self.batch_size)
 
     def describe_rows(self) -> str:
         """One line: how batches are laid out, and what that saves."""

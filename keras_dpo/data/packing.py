@@ -74,6 +74,17 @@ class Packing:
         """
         return lengths @ [1 if self.share_prompt else 2, 1, 1]
 
+    def longest_row(self, lengths: np.ndarray, pairs: int) -> int:
+        """Tokens of the longest row of a batch.
+
+        Args:
+            lengths: Tokens of each pair that is there, at most `pairs`.
+            pairs: Pairs of a full batch.
+        """
+        return int(
+            np.bincount(self.row_of(pairs)[: len(lengths)], lengths).max()
+        )
+
     def row_length(self, tokens: int) -> int:
         """The row length that holds so many tokens."""
         fitting = [length for length in self.lengths if tokens <= length]
@@ -218,8 +229,7 @@ def pack_batch(
     rows = packing.num_rows(size)
     if length is None:
         taken = packing.pair_lengths(lengths_of(pairs))
-        totals = np.bincount(row_of[: len(pairs)], taken)
-        length = packing.row_length(int(totals.max()))
+        length = packing.row_length(packing.longest_row(taken, size))
     batch = {
         "row_ids": np.zeros((rows, length), "int32"),
         "row_positions": np.zeros((rows, length), "int32"),

@@ -124,8 +124,8 @@ class PairReader:
         except ValueError as error:
             # The others wait for this process.
             failure = str(error)
-        digest = hashlib.blake2b(repr(part).encode(), digest_size=8)
-        told = of_all_processes((digest.hexdigest(), failure, pairs))
+        digest = hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest()
+        told = of_all_processes((digest, failure, pairs))
         tokenized: list[Any] = [None] * len(part)
         for process, (digest, failure, pairs) in enumerate(told):
             if digest != told[0][0]:
