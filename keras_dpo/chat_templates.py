@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from keras_dpo.errors import UserError
+
 Messages = list[dict[str, str]]
 # A conversation takes milliseconds; nested loops would take forever.
 RENDER_SECONDS = 10.0
@@ -116,7 +118,7 @@ def render(
             )
     except Exception as error:  # Whatever a template's own code raises.
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
+        raise UserError(
             f"The chat template refuses these messages ({roles}): {error}"
         ) from error
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_dpo.distribution import distribute_batch, to_host
+from keras_dpo.errors import UserError, UserTypeError
 from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
 from keras_dpo.reference import (
@@ -21,13 +22,13 @@ from keras_dpo.sharding import check_on_mesh, sharding_table
 def check_policy(policy: Any, reference: Any) -> None:
     """Raise where `DPOModel` cannot be made of these two."""
     if not isinstance(policy, keras.Model):
-        raise TypeError(
+        raise UserTypeError(
             "`policy` must be a Keras model. Received: "
             f"{type(policy).__name__}. Load one with "
             "keras_dpo.load_policy(preset)."
         )
     if reference is policy:
-        raise ValueError(
+        raise UserError(
             "The reference must not be the policy itself: training would move "
             'both. Use reference="initial" for the policy as it is now.'
         )
@@ -35,12 +36,12 @@ def check_policy(policy: Any, reference: Any) -> None:
         reference, keras.Model
     )
     if not known:
-        raise ValueError(
+        raise UserError(
             "`reference` must be 'initial', 'precomputed', None or a Keras "
             f"model. Received: {reference!r}."
         )
     if not policy.built:
-        raise ValueError(
+        raise UserError(
             "The policy has no variables yet. Call it on a batch, or "
             "policy.build(...), before DPOModel(policy)."
         )
@@ -48,7 +49,7 @@ def check_policy(policy: Any, reference: Any) -> None:
     if isinstance(reference, keras.Model):
         check_on_mesh(reference)
     if not policy.trainable_variables:
-        raise ValueError(
+        raise UserError(
             "The policy has no trainable variable. Set policy.trainable = "
             "True, or call policy.backbone.enable_lora(rank) (Keras-Hub finds "
             "no layer to adapt in some families: name them with "
@@ -60,7 +61,7 @@ def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
     """Raise where training would silently do nothing, or the wrong thing."""
     now = [v.path for v in policy.trainable_variables]
     if now != wrapped:
-        raise ValueError(
+        raise UserError(
             "The policy's trainable variables changed after DPOModel(policy). "
             f"Received: {len(wrapped)} then, {len(now)} now. Call enable_lora "
             "or set `trainable` before DPOModel(policy), or make a new one."
@@ -71,7 +72,7 @@ def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
         if v.dtype in ("bfloat16", "float16")
     ]
     if short:
-        raise ValueError(
+        raise UserError(
             "Trainable variables must be float32: Keras' Adam does not move "
             f"16-bit ones. Received: {len(short)} in {short[0].dtype}, such as "
             f"{short[0].path}. Load the policy with dtype='mixed_bfloat16', "
@@ -83,7 +84,7 @@ def check_differentiable(policy: keras.Model) -> None:
     """Raise where Keras gives gradients that point elsewhere."""
     for layer in policy._flatten_layers():
         if getattr(layer, "quantization_mode", None) is not None:
-            raise ValueError(
+            raise UserError(
                 "Keras 3.15 differentiates quantized layers wrongly: training "
                 f"would go astray. Received: {layer.path} quantized to "
                 f"{layer.quantization_mode}. Train LoRA on a bfloat16 base, "
@@ -177,7 +178,7 @@ class FirstBatchCheck:
         largest = float(np.max(np.abs(to_host(rewards))))
         gap = float(np.max(np.abs(to_host(found) - to_host(expected))))
         if not (largest < 1e-3 and gap < 1e-3):
-            raise ValueError(
+            raise UserError(
                 "Before the first step policy and reference must agree: every "
                 "reward 0, every loss at its value for margin 0. Received: a "
                 f"reward of {largest:.3g}, a loss {gap:.3g} off. The policy "

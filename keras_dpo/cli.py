@@ -17,6 +17,7 @@ import jsonargparse  # noqa: E402
 import yaml  # noqa: E402
 
 from keras_dpo.config import DPOConfig  # noqa: E402
+from keras_dpo.errors import UserError  # noqa: E402
 from keras_dpo.messages import say  # noqa: E402
 
 # Title of a help group -> its first setting; the others follow in order.
@@ -28,11 +29,22 @@ GROUPS = {
     "Optimization": "learning_rate",
     "Saving and logging": "save_directory",
 }
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, PermissionError)
+MISTAKES = (
+    UserError,
+    jsonargparse.ArgumentError,
+    FileNotFoundError,
+    PermissionError,
+)
+# Training that diverged, a disk that is full: no mistake of the command line,
+# and nothing that a traceback would explain.
+FAILURES = (FloatingPointError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; a user's mistake is one line and exit status 2."""
+    """Run the command; a user's mistake is one line and exit status 2.
+
+    A bug of ours ends with its traceback, and exit status 1 as Python has it.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, runners = _make_parser()
     try:
@@ -43,17 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parsed[name].as_dict()
         options.pop("config", None)
         runners[name](**options)
-    except (
-        *USER_ERRORS,
-        jsonargparse.ArgumentError,
-        FloatingPointError,
-        OSError,
-    ) as error:
+    except (*MISTAKES, *FAILURES) as error:
         if os.environ.get("KERAS_DPO_TRACEBACK"):
             raise
         sys.stderr.write(f"keras-dpo: error: {_one_line(error)}\n")
-        mistake = isinstance(error, (*USER_ERRORS, jsonargparse.ArgumentError))
-        sys.exit(2 if mistake else 1)
+        sys.exit(2 if isinstance(error, MISTAKES) else 1)
     except KeyboardInterrupt:
         sys.stderr.write("keras-dpo: interrupted\n")
         sys.exit(130)
@@ -75,7 +81,7 @@ def _refuse_aliases(arguments: list[str]) -> None:
             except yaml.YAMLError:
                 continue  # The parser says what is wrong with it.
         if any(isinstance(token, yaml.AliasToken) for token in tokens):
-            raise ValueError(
+            raise UserError(
                 f"{path} has YAML aliases (*name), which a config has no use "
                 "for. Write the values out."
             )
@@ -285,7 +291,7 @@ def run_generate(
     from keras_dpo.presets import load_policy
 
     if not repo_id or not prompt:
-        raise ValueError("`repo_id` and `prompt` are needed.")
+        raise UserError("`repo_id` and `prompt` are needed.")
     policy = load_policy(repo_id)
     preprocessor = DPOPreprocessor.from_policy(policy)
     prompts: list[Any] = list(prompt)

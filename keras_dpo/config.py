@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from keras_dpo import losses
+from keras_dpo.errors import UserError
 from keras_dpo.outline import variables_without_values
 from keras_dpo.sharding import parse_mesh
 
@@ -218,7 +219,7 @@ class DPOConfig:
         for field in dataclasses.fields(self):
             missing = getattr(self, field.name) is None
             if missing and "None" not in str(field.type):
-                raise ValueError(
+                raise UserError(
                     f"`{field.name}` must have a value. Received: None. Leave "
                     f"it out for {field.default!r}."
                 )
@@ -241,24 +242,24 @@ class DPOConfig:
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` must be above 0. Received: {value!r}."
                 )
         if self.total_batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
+            raise UserError(
                 "`total_batch_size` must divide into "
                 "`gradient_accumulation_steps` micro-batches. Received: "
                 f"{self.total_batch_size} and "
                 f"{self.gradient_accumulation_steps}."
             )
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(
+            raise UserError(
                 "`warmup_ratio` must be in [0, 1). Received: "
                 f"{self.warmup_ratio!r}."
             )
         name = self.model_name
         if not name or name in (".", "..") or "/" in name or "\\" in name:
-            raise ValueError(
+            raise UserError(
                 "`model_name` must be a plain directory name. Received: "
                 f"{name!r}."
             )
@@ -280,42 +281,42 @@ class DPOConfig:
         """Settings that contradict each other are an error."""
         without = self.reference_free or self.reference == "none"
         if self.reference_cache and self.reference != "precomputed":
-            raise ValueError(
+            raise UserError(
                 "`reference_cache` has no effect without "
                 f"reference=precomputed. Received: {self.reference_cache!r}."
             )
         if self.reference_model_repo_id and without:
-            raise ValueError(
+            raise UserError(
                 "`reference_model_repo_id` has no effect together with "
                 f"reference={self.reference!r}, reference_free="
                 f"{self.reference_free}. Leave one of them out."
             )
         if self.sync_ref_model and (without or self.reference != "initial"):
-            raise ValueError(
+            raise UserError(
                 "`sync_ref_model` needs a reference that is kept. Received: "
                 f"reference={self.reference!r}, reference_free="
                 f"{self.reference_free}. A precomputed reference cannot be "
                 "synced: use reference=initial."
             )
         if self.streaming and self.max_steps is None:
-            raise ValueError(
+            raise UserError(
                 "`streaming` needs `max_steps`: nobody knows how long a "
                 "stream is. Received: max_steps=None."
             )
         if self.streaming and self.reference == "precomputed":
-            raise ValueError(
+            raise UserError(
                 "`streaming` goes with a reference that is run. Received: "
                 "reference='precomputed', which reads all pairs before."
             )
         if self.mesh is not None:
             parse_mesh(self.mesh)
         elif not self.shard_parameters:
-            raise ValueError(
+            raise UserError(
                 "`shard_parameters` has no effect without a mesh. Give mesh, "
                 "or leave it out."
             )
         if self.lora_target_layers and not self.lora_rank:
-            raise ValueError(
+            raise UserError(
                 "`lora_target_layers` has no effect without lora_rank. "
                 f"Received: {self.lora_target_layers!r}."
             )
@@ -329,7 +330,7 @@ class DPOConfig:
         """
         names = [name.strip() for name in self.loss_type.split(",")]
         if len(names) == 1 and self.loss_weights is not None:
-            raise ValueError(
+            raise UserError(
                 "`loss_weights` has no effect on one loss. Received: "
                 f"loss_type={self.loss_type!r}, "
                 f"loss_weights={self.loss_weights!r}."
@@ -351,7 +352,7 @@ class DPOConfig:
             parts.append(losses.get(name, **own))
         unread = sorted(set(options) - read)
         if unread:
-            raise ValueError(
+            raise UserError(
                 f"None of the losses {self.loss_type} reads "
                 f"{', '.join(unread)}."
             )
@@ -360,7 +361,7 @@ class DPOConfig:
             try:
                 weights = [float(x) for x in self.loss_weights.split(",")]
             except ValueError as error:
-                raise ValueError(
+                raise UserError(
                     "`loss_weights` must be numbers joined with commas. "
                     f"Received: {self.loss_weights!r}."
                 ) from error

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from keras.src.utils.rng_utils import get_random_seed
 
+from keras_dpo.errors import UserError
 from keras_dpo.sharding import MeshDistribution, parse_mesh
 
 
@@ -73,7 +74,7 @@ def _meet(method: str) -> None:
     if given and method == "auto":
         if len(given) < len(names):
             missing = ", ".join(n for n in names if n not in given)
-            raise ValueError(
+            raise UserError(
                 f"{given[0]} is set, and {missing} is not. Set all of "
                 f"{', '.join(names)}, or none."
             )
@@ -162,7 +163,7 @@ def of_all_processes(value: Any) -> list[Any]:
 def check_processes_share_a_mesh() -> None:
     """Raise where each of several processes would train alone."""
     if jax.process_count() > 1 and keras.distribution.distribution() is None:
-        raise ValueError(
+        raise UserError(
             f"{jax.process_count()} processes have met, and there is no mesh: "
             "each would train alone. Call keras_dpo.distribution.set_mesh("
             f'{{"data": {jax.device_count()}}}) before the policy is made.'
@@ -181,7 +182,7 @@ def check_processes_agree(values: dict[str, Any]) -> None:
         everywhere = multihost_utils.process_allgather(number).reshape(-1)
         others = np.where(everywhere != everywhere[0])[0]
         if len(others):
-            raise ValueError(
+            raise UserError(
                 f"Processes 0 and {others[0]} differ in {name}. Received here: "
                 f"{value!r}. Give every process the same data and settings."
             )

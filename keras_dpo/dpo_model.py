@@ -27,6 +27,7 @@ from keras_dpo.distribution import (
     check_processes_share_a_mesh,
     data_parallel_size,
 )
+from keras_dpo.errors import UserError
 from keras_dpo.execution import check_remat, choose_execution
 from keras_dpo.losses import LossLike
 from keras_dpo.memory import (
@@ -123,7 +124,7 @@ class DPOModel(PreferenceSteps):
     ) -> None:
         check_policy(policy, reference)
         if precompute_reference and reference is None:
-            raise ValueError(
+            raise UserError(
                 "precompute_reference=True needs a reference. Received: "
                 "reference=None. Leave one of them out."
             )
@@ -133,14 +134,14 @@ class DPOModel(PreferenceSteps):
             precompute_reference or reference == "precomputed"
         )
         if reference_cache is not None and not self.precompute_reference:
-            raise ValueError(
+            raise UserError(
                 "`reference_cache` has no effect on a reference that runs "
                 f"online. Received: {reference_cache!r}. Set "
                 "precompute_reference=True or leave it out."
             )
         self.reference_cache = reference_cache
         if snapshot_dtype is not None and reference != "initial":
-            raise ValueError(
+            raise UserError(
                 "`snapshot_dtype` has no effect without a snapshot. Received: "
                 f"snapshot_dtype={snapshot_dtype!r} with a reference that is "
                 "not 'initial'. Leave it out."
@@ -224,13 +225,13 @@ class DPOModel(PreferenceSteps):
         """
         for name in ("loss_weights", "weighted_metrics"):
             if kwargs.get(name) is not None:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` has no effect here. Received: "
                     f"{name}={kwargs[name]!r}. Pass loss={{loss: weight}} to "
                     "mix losses, and the names of metrics as `metrics`."
                 )
         if gradient_accumulation_steps < 1:
-            raise ValueError(
+            raise UserError(
                 "`gradient_accumulation_steps` must be at least 1. Received: "
                 f"{gradient_accumulation_steps!r}."
             )
@@ -278,7 +279,7 @@ class DPOModel(PreferenceSteps):
                 isinstance(value, jax.Array) and value.is_deleted()
                 for value in self._initial_values
             ):
-                raise ValueError(
+                raise UserError(
                     "The policy was trained since DPOModel(policy) was made, "
                     "so its initial weights are gone. Make a new DPOModel."
                 )
@@ -541,7 +542,7 @@ class DPOModel(PreferenceSteps):
         only read. Needs `precompute_reference=True`. Returns its directory.
         """
         if not self.precompute_reference:
-            raise ValueError(
+            raise UserError(
                 "The reference runs online. Make the model with "
                 "precompute_reference=True."
             )

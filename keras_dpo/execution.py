@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import keras
 
+from keras_dpo.errors import UserError
 from keras_dpo.log_probs import can_split_head
 from keras_dpo.packed_backbone import PACKED_FAMILIES
 
@@ -56,7 +57,7 @@ def choose_execution(
     models = [m for m in (policy, reference) if m is not None]
     can_split = can_split_head(policy)
     if split_head is True and not can_split:
-        raise ValueError(
+        raise UserError(
             "split_head=True needs a family whose head is proven to split. "
             f"Received: {type(policy).__name__}. Use split_head='auto'."
         )
@@ -75,7 +76,7 @@ def choose_execution(
     if why_not:
         names = [name for name, is_asked in asked.items() if is_asked]
         if names:
-            raise ValueError(
+            raise UserError(
                 f"`{names[0]}` needs packed rows. Received: {why_not}. Leave "
                 f"{names[0]} at 'auto'."
             )
@@ -97,12 +98,12 @@ def _check_choices(
         ("prompt_sharing", prompt_sharing),
     ):
         if value not in (AUTO, True, False):
-            raise ValueError(
+            raise UserError(
                 f"`{name}` must be 'auto', True or False. Received: {value!r}."
             )
     known = (AUTO, "blocks", "fused", "keras")
     if attention not in known:
-        raise ValueError(
+        raise UserError(
             f"`attention` must be one of {known}. Received: {attention!r}."
         )
 
@@ -133,7 +134,7 @@ def check_remat(
         ValueError: It is none of the three, or `"layers"` cannot be.
     """
     if remat not in ("none", "layers", "auto"):
-        raise ValueError(
+        raise UserError(
             f"`remat` must be 'none', 'layers' or 'auto'. Received: {remat!r}."
         )
     why_not = None
@@ -144,7 +145,7 @@ def check_remat(
     elif dropout and not disable_dropout:
         why_not = "dropout would be drawn twice"
     if remat == "layers" and why_not:
-        raise ValueError(
+        raise UserError(
             f"remat='layers' cannot be: {why_not}. Received: "
             f"split_head={execution.split_head}, disable_dropout="
             f"{disable_dropout}. Use remat='none'."

@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from keras_dpo.errors import UserError
+
 
 def adapted(policy: keras.Model) -> list[tuple[int, keras.layers.Layer]]:
     """(index, layer) of the layers with LoRA, in Keras' flat order."""
@@ -71,7 +73,7 @@ class StoredState(keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         variables = self._variables()
         if len(store.keys()) != len(variables):
-            raise ValueError(
+            raise UserError(
                 f"The file holds {len(store.keys())} LoRA and loss variables, "
                 f"the model {len(variables)}. Enable LoRA with the same rank "
                 "on the same layers, and compile with the same loss, before "

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_dpo.errors import UserError
 from keras_dpo.losses import PairLogProbs
 from keras_dpo.vocabulary_head import TokenStatistics
 
@@ -45,7 +46,7 @@ def make_metrics(optional: Collection[str] = ()) -> list[keras.metrics.Mean]:
     """
     unknown = [name for name in optional if name not in OPTIONAL_METRICS]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"Unknown metric {unknown[0]!r}. On request there are: "
             f"{', '.join(OPTIONAL_METRICS)}; always reported: loss, "
             f"{', '.join(DEFAULT_METRICS)}."

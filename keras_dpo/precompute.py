@@ -16,6 +16,7 @@ from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import choose_lengths
 from keras_dpo.data.stream import need_an_end
 from keras_dpo.distribution import distribute_batch, to_host
+from keras_dpo.errors import UserError
 from keras_dpo.log_probs import Array
 from keras_dpo.reference import ModelReference, PrecomputedReference
 from keras_dpo.reference_store import ReferenceStore, hash_weights
@@ -97,7 +98,7 @@ def _check_can_run(model: Any) -> None:
     """Raise where the reference is no longer there to be run."""
     if isinstance(model.reference, ModelReference) or model._at_step_zero():
         return
-    raise ValueError(
+    raise UserError(
         'reference="precomputed" needs reference_chosen_log_prob and '
         "reference_rejected_log_prob in the data, or a policy that has not "
         f"been trained. Received: {steps_done(model.optimizer)} steps of "

@@ -10,6 +10,7 @@ from keras_dpo import chat_templates
 from keras_dpo.chat_templates import Messages, render
 from keras_dpo.data.layouts import Record
 from keras_dpo.data.records import EXTRA_FIELDS, ID_FIELDS
+from keras_dpo.errors import UserError
 from keras_dpo.tokenizers import (
     HuggingFaceTokenizer,
     TextTokenizer,
@@ -95,17 +96,17 @@ class DPOPreprocessor:
         }
         for name, limit in limits.items():
             if limit is not None and limit < 1:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` must be at least 1. Received: {limit!r}."
                 )
         if (max_prompt_length or 1) >= max_length:
-            raise ValueError(
+            raise UserError(
                 "`max_prompt_length` must leave room for a completion. "
                 f"Received: max_prompt_length={max_prompt_length}, "
                 f"max_length={max_length}. Raise max_length."
             )
         if on_overflow not in ("truncate", "drop", "error"):
-            raise ValueError(
+            raise UserError(
                 "`on_overflow` must be 'truncate', 'drop' or 'error'. "
                 f"Received: {on_overflow!r}."
             )
@@ -153,7 +154,7 @@ class DPOPreprocessor:
         if choice == "auto" and self.tokenizer is not None:
             choice = self.tokenizer.chat_template
         if choice is None or choice == "auto":
-            raise ValueError(
+            raise UserError(
                 "Messages need a chat template, and neither the tokenizer nor "
                 "its family has one. Pass chat_template=, one of "
                 f"{', '.join(chat_templates.TEMPLATES)} or Jinja source."
@@ -225,7 +226,7 @@ class DPOPreprocessor:
                 try:
                     plan = self._plan(record)
                 except ValueError as error:
-                    raise ValueError(f"Row {number}: {error}") from error
+                    raise UserError(f"Row {number}: {error}") from error
             plans.append(plan)
             texts += plan.texts if plan else []
         encoded = iter(self._encode(texts))
@@ -251,7 +252,7 @@ class DPOPreprocessor:
     def _check_whole(self, number: int, row: Tokenized) -> None:
         cut = [note for note in row.notes if "truncated" in note]
         if cut:
-            raise ValueError(
+            raise UserError(
                 f"Row {number} is over the limit: {cut[0]}. "
                 f"Received: max_length={self.max_length}, "
                 f"max_prompt_length={self.max_prompt_length}, "
@@ -333,7 +334,7 @@ class DPOPreprocessor:
             opens = bool(following) and following[0]["role"] == "assistant"
             after = self._render(turns, opens)
             if not after.startswith(before):
-                raise ValueError(
+                raise UserError(
                     "The chat template writes the prompt differently once the "
                     f"answer follows ({field}). Received a prompt that ends "
                     f"{before[-40:]!r}. Use a template that only appends."
@@ -415,7 +416,7 @@ class DPOPreprocessor:
     def need_tokenizer(self) -> TextTokenizer:
         """The tokenizer, or an error that says how to give one."""
         if self.tokenizer is None:
-            raise ValueError(
+            raise UserError(
                 "Records of text need a tokenizer. Received: tokenizer=None. "
                 "Pass DPOPreprocessor(tokenizer), or records with prompt_ids, "
                 "chosen_ids and rejected_ids."

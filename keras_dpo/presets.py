@@ -25,6 +25,7 @@ from keras_dpo.distribution import (
     to_host,
     wait_for_processes,
 )
+from keras_dpo.errors import UserError
 from keras_dpo.lora import policy_config
 from keras_dpo.preprocessor import DPOPreprocessor
 from keras_dpo.tokenizers import LLAMA3_DEFAULT_TOKENS, HuggingFaceTokenizer
@@ -55,11 +56,11 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
             policy = keras_hub.models.CausalLM.from_preset(preset, dtype=dtype)
     except (ValueError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"The preset {preset!r} cannot be loaded: {reason}"
         ) from error
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"The preset {preset!r} cannot be loaded: its configuration has "
             f"no {error}."
         ) from error
@@ -119,7 +120,7 @@ def _read_config(preset: str) -> dict[str, Any]:
         )
     if not path.exists():
         if path.parent.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"The directory {preset!r} has no config.json: it holds no "
                 "model."
             )
@@ -146,7 +147,7 @@ def _load_llama(preset: str, config: dict[str, Any], dtype: Any) -> Any:
     elif scaling.get("rope_type", "default") == "linear":
         options["rope_position_scaling_factor"] = scaling["factor"]
     elif scaling.get("rope_type", "default") != "default":
-        raise ValueError(
+        raise UserError(
             "Keras-Hub's Llama knows RoPE scaling of type llama3 and linear. "
             f"Received: rope_type={scaling['rope_type']!r} in {preset!r}."
         )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_dpo.errors import UserError
 from keras_dpo.log_probs import (
     Array,
     Batch,
@@ -52,7 +53,7 @@ class Reference(keras.layers.Layer):
 
     def variable_pairs(self) -> list[tuple[keras.Variable, keras.Variable]]:
         """(reference variable, policy variable) pairs that a sync mixes."""
-        raise ValueError(f"{self.describe()} cannot be synced.")
+        raise UserError(f"{self.describe()} cannot be synced.")
 
     def describe(self) -> str:
         """One line for the start-up message."""
@@ -145,7 +146,7 @@ class ModelReference(Reference):
             id(v) for v in model.variables
         }
         if shared:
-            raise ValueError(
+            raise UserError(
                 "The reference must not share variables with the policy: "
                 f"training would move it. Received: {len(shared)} shared "
                 'variables. Use reference="initial" for the policy as it is '
@@ -153,7 +154,7 @@ class ModelReference(Reference):
             )
         sizes = [vocabulary_size(policy), vocabulary_size(model)]
         if None not in sizes and sizes[0] != sizes[1]:
-            raise ValueError(
+            raise UserError(
                 "Policy and reference must have the same vocabulary. "
                 f"Received: {sizes[0]} tokens in the policy, {sizes[1]} in "
                 "the reference. Use a reference with the policy's tokenizer."
@@ -170,7 +171,7 @@ class ModelReference(Reference):
         theirs = self.model.weights
         ours = self._policy.value.weights
         if [tuple(v.shape) for v in theirs] != [tuple(v.shape) for v in ours]:
-            raise ValueError(
+            raise UserError(
                 "A sync needs a reference with the policy's own variables. "
                 f"Received: {len(theirs)} variables in the reference, "
                 f"{len(ours)} in the policy, of different shapes. Merge LoRA "
@@ -190,7 +191,7 @@ class PrecomputedReference(Reference):
         return batch["reference_log_probs"]
 
     def variable_pairs(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        raise ValueError(
+        raise UserError(
             "A precomputed reference cannot be synced: no reference is kept. "
             'Use reference="initial".'
         )
@@ -206,7 +207,7 @@ class NoReference(Reference):
         return jnp.zeros(batch["completion_ids"].shape, "float32")
 
     def variable_pairs(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        raise ValueError(
+        raise UserError(
             "There is no reference to sync: training is reference-free."
         )
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.distribution import on_any_process, to_host
+from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
 from keras_dpo.messages import say
 
@@ -80,7 +81,7 @@ class ReferenceStore:
                 for name, value in self._content.items()
                 if content.get(name) != value
             ]
-            raise ValueError(
+            raise UserError(
                 f"{path.parent} holds reference log-probs of these pairs, but "
                 f"with other {' and '.join(changed)}. Remove it, or choose "
                 "another reference_cache."
@@ -141,7 +142,7 @@ class ReferenceStore:
         n = index // PAIRS_PER_PART
         widths, path = self._widths[self.indices(n)], self._path(n)
         if path.stat().st_size != 4 * widths.sum():
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged: it holds {path.stat().st_size} bytes, "
                 f"not {4 * widths.sum()}. Remove it to compute it again."
             )

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_dpo.errors import UserError
+
 
 @keras.saving.register_keras_serializable(package="keras_dpo")
 class WarmupThenDecay(keras.optimizers.schedules.LearningRateSchedule):
@@ -35,7 +37,7 @@ class WarmupThenDecay(keras.optimizers.schedules.LearningRateSchedule):
     ) -> None:
         super().__init__()
         if decay not in ("constant", "linear", "cosine"):
-            raise ValueError(
+            raise UserError(
                 "`decay` must be 'constant', 'linear' or 'cosine'. Received: "
                 f"{decay!r}."
             )

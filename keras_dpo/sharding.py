@@ -12,6 +12,8 @@ from typing import Any
 
 import keras
 
+from keras_dpo.errors import UserError
+
 DATA, MODEL = "data", "model"
 # Kernel's path -> the axis that tensor parallelism splits: heads, the inner
 # width of the feed-forward layers, the vocabulary. Column-parallel first, then
@@ -69,12 +71,12 @@ class MeshDistribution(keras.distribution.ModelParallel):
         unknown = sorted(set(mesh) - set(sizes))
         wanted = math.prod(sizes.values())
         if unknown or min(sizes.values()) < 1:
-            raise ValueError(
+            raise UserError(
                 "A mesh has the axes data and model, each of at least 1 "
                 f"device. Received: {mesh!r}."
             )
         if wanted != len(devices):
-            raise ValueError(
+            raise UserError(
                 f"The mesh {mesh!r} is of {wanted} devices, and there are "
                 f"{len(devices)}. Choose sizes whose product is "
                 f"{len(devices)}."
@@ -140,7 +142,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"A mesh is written data=4,model=2. Received: {text!r}."
             )
         mesh[found[1]] = int(found[2])
@@ -156,7 +158,7 @@ def check_on_mesh(policy: keras.Model) -> None:
     for variable in policy.variables:
         found = variable.value.sharding.device_set
         if found != devices:
-            raise ValueError(
+            raise UserError(
                 "The distribution was set after the policy was built. "
                 f"Received: {variable.path} on {len(found)} of "
                 f"{len(devices)} devices. Set it first, then load the policy."

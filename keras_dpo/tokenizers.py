@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from keras_dpo.errors import UserError, UserTypeError
+
 # Keras-Hub's Llama3Tokenizer wants these in every vocabulary; `save_policy`
 # adds them, beyond the embedding, where they are not the model's own.
 LLAMA3_DEFAULT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>")
@@ -64,7 +66,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         self.name = "the model's own tokenizer.json (Hugging Face)"
         self.vocabulary_size = len(tokenizer)
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise UserError(
                 "The tokenizer has no EOS token, so no completion could end. "
                 "Set tokenizer.eos_token."
             )
@@ -205,7 +207,7 @@ def as_text_tokenizer(tokenizer: Any) -> TextTokenizer:
         return HuggingFaceTokenizer(tokenizer)
     if hasattr(tokenizer, "token_to_id") and hasattr(tokenizer, "detokenize"):
         return KerasHubTokenizer(tokenizer)
-    raise TypeError(
+    raise UserTypeError(
         "`tokenizer` must be a Hugging Face fast tokenizer, a Keras-Hub "
         f"tokenizer or a directory. Received: {type(tokenizer).__name__}."
     )

@@ -26,6 +26,7 @@ from keras_dpo.distribution import (
     start_processes,
 )
 from keras_dpo.dpo_model import DPOModel
+from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
 from keras_dpo.memory import MemoryReport, extrapolate
 from keras_dpo.messages import say
@@ -64,7 +65,7 @@ def train(config: DPOConfig) -> TrainingRun:
     require(config, "repo_id", "dataset_name")
     directory = pathlib.Path(config.save_directory) / config.model_name
     if directory.is_symlink():
-        raise ValueError(
+        raise UserError(
             f"{directory} is a symbolic link, and a run writes to a directory "
             "of its own. Choose another model_name."
         )
@@ -226,7 +227,7 @@ def require(config: DPOConfig, *names: str) -> None:
     """Raise where a setting that has no default is missing."""
     for name in names:
         if not getattr(config, name):
-            raise ValueError(f"`{name}` is missing: give --{name}.")
+            raise UserError(f"`{name}` is missing: give --{name}.")
 
 
 def write_config(config: DPOConfig, path: pathlib.Path) -> None:

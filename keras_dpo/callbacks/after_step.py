@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_dpo.checks import steps_done
+from keras_dpo.errors import UserError
 
 
 class AfterStep(keras.callbacks.Callback):
@@ -32,7 +33,7 @@ class AfterStep(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         optimizer = self.model.optimizer
         if self.model.steps_per_execution != 1:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} needs steps_per_execution=1, so that "
                 "it sees every step. Received: "
                 f"{self.model.steps_per_execution}."

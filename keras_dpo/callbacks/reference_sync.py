@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from keras_dpo.callbacks.after_step import AfterStep
+from keras_dpo.errors import UserError
 
 
 class ReferenceSync(AfterStep):
@@ -35,11 +36,11 @@ class ReferenceSync(AfterStep):
     def __init__(self, every: int = 64, alpha: float = 0.9) -> None:
         super().__init__()
         if every < 1:
-            raise ValueError(
+            raise UserError(
                 f"`every` must be at least 1 step. Received: {every!r}."
             )
         if not 0 < alpha <= 1:
-            raise ValueError(f"`alpha` must be in (0, 1]. Received: {alpha!r}.")
+            raise UserError(f"`alpha` must be in (0, 1]. Received: {alpha!r}.")
         self.every = every
         self.alpha = alpha
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.distribution import is_main_process
+from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
 
 
@@ -27,7 +28,7 @@ class StepLogger(AfterStep):
     def __init__(self, every: int = 50) -> None:
         super().__init__()
         if every < 1:
-            raise ValueError(
+            raise UserError(
                 f"`every` must be at least 1 step. Received: {every!r}."
             )
         self.every = every

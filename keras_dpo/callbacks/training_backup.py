@@ -18,6 +18,7 @@ from keras_dpo import training_state
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution import is_main_process, wait_for_processes
+from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
 from keras_dpo.messages import say
 from keras_dpo.training_state import Place
@@ -80,7 +81,7 @@ class TrainingBackup(AfterStep):
         self.directory = pathlib.Path(directory).expanduser().absolute()
         self.every_steps, self.every_seconds = _parse_interval(every)
         if keep < 1:
-            raise ValueError(f"`keep` must be at least 1. Received: {keep!r}.")
+            raise UserError(f"`keep` must be at least 1. Received: {keep!r}.")
         self.keep = keep
         self.resume = resume
         self._manager: Any = None
@@ -109,7 +110,7 @@ class TrainingBackup(AfterStep):
         self._callbacks = list(callbacks)
         for callback in self._callbacks:
             if getattr(callback, "restore_best_weights", False):
-                raise ValueError(
+                raise UserError(
                     "A backup does not hold the best weights of "
                     "EarlyStopping(restore_best_weights=True). Keep the best "
                     "with keras.callbacks.ModelCheckpoint instead."
@@ -150,7 +151,7 @@ class TrainingBackup(AfterStep):
             return path.parent, int(path.name)
         steps = _steps(path)
         if not steps:
-            raise ValueError(
+            raise UserError(
                 f"There is no whole backup in {path}. Give the directory of a "
                 "TrainingBackup, or resume='never' to begin anew."
             )
@@ -178,12 +179,12 @@ class TrainingBackup(AfterStep):
             wait_for_processes("the directory is seen")
             probe.unlink()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"Backups cannot be written to {self.directory}: "
                 f"{error.strerror}. Choose another directory."
             ) from error
         if shared < jax.process_count():
-            raise ValueError(
+            raise UserError(
                 f"Only {shared} of {jax.process_count()} processes write to "
                 f"{self.directory}. Choose a directory that all hosts share."
             )
@@ -214,7 +215,7 @@ class TrainingBackup(AfterStep):
         if not changed and info["fixed"] != self._hash_fixed(model):
             changed = ["the weights that are not trained differ"]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"The backup {path} is of another run: {'; '.join(changed)}. "
                 "Use the settings, data and model that it was written with, "
                 "another directory, or resume='never' to begin anew."
@@ -392,7 +393,7 @@ def _read(
     try:
         return manager.restore(step, args=orbax.args.Composite(**wanted))[name]
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"The backup {path} cannot be read: {_first_line(error)}. Remove "
             f"{path} to go on from the backup before it, or use "
             "resume='never' to begin anew."
@@ -426,7 +427,7 @@ def _parse_interval(every: int | str) -> tuple[int | None, float]:
         return int(text), np.inf
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?m(?:in(?:ute)?s?)?", text)
     if not found or not float(found[1]) > 0:
-        raise ValueError(
+        raise UserError(
             "`every` must be a number of steps above 0, or a time such as "
             f"'10 minutes'. Received: {every!r}."
         )

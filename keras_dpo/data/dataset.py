@@ -26,6 +26,7 @@ from keras_dpo.distribution import (
     data_parallel_size,
     own_share,
 )
+from keras_dpo.errors import UserError
 from keras_dpo.messages import say
 from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
 
@@ -83,7 +84,7 @@ class PreferenceDataset(keras.utils.PyDataset):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"`batch_size` must be at least 1. Received: {batch_size!r}."
             )
         self.batch_size = batch_size
@@ -102,7 +103,7 @@ class PreferenceDataset(keras.utils.PyDataset):
             for line in self.report.lines():
                 say(line)
         if not self.num_pairs:
-            raise ValueError(
+            raise UserError(
                 f"No pair is left of {self.report.num_rows} rows. Dropped: "
                 + "; ".join(
                     f"{len(rows)} {cause} (row {rows[0]})"
@@ -120,7 +121,7 @@ class PreferenceDataset(keras.utils.PyDataset):
     def _read_pairs(self, verbose: bool) -> TokenizedPairs:
         rows = self._reader.rows
         if rows.is_endless:
-            raise ValueError(
+            raise UserError(
                 f"{rows.name} has no end. Give fit steps_per_epoch, or make a "
                 "data.PreferenceStream of it."
             )
@@ -367,7 +368,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         if not given.any():
             return
         if not given.all():
-            raise ValueError(
+            raise UserError(
                 "Reference log-probs must be there for every row or for none. "
                 f"Received: none for row {self.report.rows[given.argmin()]}, "
                 f"some for row {self.report.rows[given.argmax()]}."
@@ -423,7 +424,7 @@ class PreferenceDataset(keras.utils.PyDataset):
 
         parts = micro_batches * data_parallel_size()
         if self.batch_size % parts:
-            raise ValueError(
+            raise UserError(
                 "The batch must divide into micro-batches and devices. "
                 f"Received: batch_size={self.batch_size}, {micro_batches} "
                 f"accumulation steps x {data_parallel_size()} data-parallel "
@@ -433,7 +434,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         tokenizer = self.preprocessor.tokenizer
         if vocabulary is not None:
             if tokenizer and tokenizer.vocabulary_size > vocabulary:
-                raise ValueError(
+                raise UserError(
                     "The tokenizer is larger than the policy's embedding. "
                     f"Received: {tokenizer.vocabulary_size} tokens, "
                     f"{vocabulary} rows. Use the policy's own tokenizer."
@@ -441,7 +442,7 @@ class PreferenceDataset(keras.utils.PyDataset):
             largest = self.pairs.largest_ids
             beyond = np.flatnonzero(largest >= vocabulary)
             if len(beyond):
-                raise ValueError(
+                raise UserError(
                     f"Row {self.report.rows[beyond[0]]} holds token id "
                     f"{largest[beyond[0]]}, beyond the policy's vocabulary of "
                     f"{vocabulary}."
@@ -449,14 +450,14 @@ class PreferenceDataset(keras.utils.PyDataset):
         loss = model.preference_loss
         weights = np.nan_to_num(self.pairs.extra("weight"), nan=1.0)
         if loss.sorts_pairs and (weights != 1).any():
-            raise ValueError(
+            raise UserError(
                 f"{type(loss).__name__} sorts the pairs of a batch, so "
                 "per-pair weights would go to the wrong pairs. Remove the "
                 "`weight` column or use another loss."
             )
         stored = isinstance(model.reference, PrecomputedReference)
         if stored and self.reference_is_summed and loss.needs_token_log_probs:
-            raise ValueError(
+            raise UserError(
                 "ld_alpha needs reference log-probs of every token, and the "
                 "data holds those of whole completions. Leave ld_alpha out, "
                 "or let the reference be computed."
@@ -501,7 +502,7 @@ def _choose_shapes(
         buckets = [*buckets, min([rounded, *larger])]
     buckets = sorted(buckets)
     if longest > buckets[-1]:
-        raise ValueError(
+        raise UserError(
             "The longest bucket must hold the longest pair. Received: "
             f"buckets={list(buckets)}, longest pair={longest} tokens. Add a "
             "bucket or lower max_length."

@@ -7,6 +7,8 @@ is taken for all rows.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from keras_dpo.errors import UserError
+
 Row = Mapping[str, Any]
 Record = dict[str, Any]
 
@@ -24,7 +26,7 @@ AB_LAYOUTS = (
 )
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """A row does not hold what its layout needs."""
 
     def __init__(self, field: str, needed: str, received: Any) -> None:
@@ -35,7 +37,7 @@ class RowError(ValueError):
         )
 
 
-class TieError(ValueError):
+class TieError(UserError):
     """Neither answer of a row is better."""
 
 
@@ -492,7 +494,7 @@ def detect(row: Row) -> Layout:
             return layout
     wanted = [name for name in ("chosen", "rejected") if name not in row]
     missing = ", ".join(map(repr, wanted)) or "a usable 'chosen'"
-    raise ValueError(
+    raise UserError(
         f"Row 0 is in no known layout: {missing} missing. Its columns: "
         f"{', '.join(map(repr, row)) or 'none'}. Name yours with column_map, "
         "such as {'prompt': 'question', 'chosen': 'good', 'rejected': 'bad'}."

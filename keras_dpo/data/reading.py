@@ -13,6 +13,7 @@ from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.data.records import DataReport, each_record
 from keras_dpo.data.sources import Rows
 from keras_dpo.distribution import of_all_processes
+from keras_dpo.errors import UserError
 from keras_dpo.preprocessor import (
     RECORDS_AT_ONCE,
     DPOPreprocessor,
@@ -129,12 +130,12 @@ class PairReader:
         tokenized: list[Any] = [None] * len(part)
         for process, (digest, failure, pairs) in enumerate(told):
             if digest != told[0][0]:
-                raise ValueError(
+                raise UserError(
                     f"Processes 0 and {process} read other rows of "
                     f"{self.rows.name}. Give every process the same data."
                 )
             if failure:
-                raise ValueError(failure)
+                raise UserError(failure)
             tokenized[process::processes] = [Tokenized(*x) for x in pairs]
         return tokenized
 

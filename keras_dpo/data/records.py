@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from keras_dpo.data import layouts
 from keras_dpo.data.layouts import Record, Row, RowError, TieError
+from keras_dpo.errors import UserError
 
 EXTRA_FIELDS = (
     "weight",
@@ -116,7 +117,7 @@ def each_record(
     to the caller. `first` is the number of the first row.
     """
     if ranked not in ("best_vs_worst", "all"):
-        raise ValueError(
+        raise UserError(
             "`ranked` must be 'best_vs_worst' or 'all'. Received: "
             f"ranked={ranked!r}."
         )
@@ -139,7 +140,7 @@ def each_record(
                 report.example = record
             yield number, record
     if layout is None and first == 0:
-        raise ValueError("No rows: nothing to train on.")
+        raise UserError("No rows: nothing to train on.")
     report.unused_columns = sorted({*report.unused_columns, *unused})
 
 
@@ -158,14 +159,14 @@ def _convert(
         report.drop("ties", number)
         return []
     except RowError as error:
-        raise ValueError(f"Row {number}, {error}") from error
+        raise UserError(f"Row {number}, {error}") from error
 
 
 def _renamed(
     row: Row, number: int, column_map: Mapping[str, str] | None
 ) -> Row:
     if not isinstance(row, Mapping):
-        raise ValueError(
+        raise UserError(
             f"Row {number} must be a mapping of column names to values. "
             f"Received: {type(row).__name__}."
         )
@@ -173,7 +174,7 @@ def _renamed(
     column_map = column_map or {}
     for field, column in column_map.items():
         if column not in row:
-            raise ValueError(
+            raise UserError(
                 f"Row {number} has no column {column!r}, which column_map "
                 f"gives for {field!r}. Its columns: {', '.join(row)}."
             )

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_dpo.errors import UserError
+
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")
 ROWS_AT_ONCE = 1024
 PLAIN = {int, float, bool, str, type(None)}
@@ -45,13 +47,13 @@ class Rows:
         number = -1
         for number, row in enumerate(self.read()):
             if not isinstance(row, Mapping):
-                raise ValueError(
+                raise UserError(
                     f"Row {number} must be a mapping of column names to "
                     f"values. Received: {type(row).__name__}."
                 )
             yield _plain(row)
         if number < 0:
-            raise ValueError(f"No rows in {self.name}: nothing to train on.")
+            raise UserError(f"No rows in {self.name}: nothing to train on.")
 
 
 def read_rows(source: Any, split: str | None = None) -> list[dict[str, Any]]:
@@ -95,7 +97,7 @@ def open_rows(
     if hasattr(source, "as_dataset") and hasattr(source, "info"):
         return _tfds_rows(source.as_dataset(split=split or "train"), name)
     if isinstance(source, Mapping):
-        raise ValueError(
+        raise UserError(
             "A source of pairs must hold rows. Received: one mapping with "
             f"{', '.join(map(str, source))}. Name the split: "
             f"{', '.join(f'data[{key!r}]' for key in source)}."
@@ -106,7 +108,7 @@ def open_rows(
         read = source.as_numpy_iterator
         return _slice(Rows(read, name, is_endless=is_endless), split)
     if not isinstance(source, Iterable):
-        raise ValueError(
+        raise UserError(
             "A source of pairs must be a list of records, a path, or a "
             f"datasets, tf.data, TFDS or grain dataset. Received: "
             f"{type(source).__name__}."
@@ -147,14 +149,14 @@ def _open_path(path: str, split: str | None, streaming: bool) -> Rows:
             loaded = loaded[(split or "train").split("[")[0]]
         return _slice(_rows_of(loaded, name), split)
     if file.suffix in FILE_TYPES:
-        raise ValueError(f"There is no file {path!r}.")
+        raise UserError(f"There is no file {path!r}.")
     try:
         loaded = datasets.load_dataset(
             path, split=split or "train", streaming=streaming
         )
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"No file {path!r}, and the Hugging Face hub gives no such "
             f"dataset: {reason}"
         ) from error
@@ -164,7 +166,7 @@ def _open_path(path: str, split: str | None, streaming: bool) -> Rows:
 def _open_file(file: pathlib.Path) -> Rows:
     name = repr(str(file))
     if file.stat().st_size == 0:
-        raise ValueError(f"The file {name} is empty.")
+        raise UserError(f"The file {name} is empty.")
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -181,13 +183,13 @@ def _open_file(file: pathlib.Path) -> Rows:
     if file.suffix == ".csv":
         return Rows(lambda: _read_csv(file), name)
     if file.suffix != ".json":
-        raise ValueError(
+        raise UserError(
             f"A file of pairs must be one of {', '.join(FILE_TYPES)}. "
             f"Received: {name}."
         )
     rows = _parse_json("".join(_read_lines(file)), f"the file {name}")
     if not isinstance(rows, list):
-        raise ValueError(
+        raise UserError(
             f"The file {name} must hold a list of rows. Received: "
             f"{type(rows).__name__}. One object a line is .jsonl."
         )
@@ -202,7 +204,7 @@ def _read_lines(file: pathlib.Path) -> Iterator[str]:
             try:
                 text = line.decode("utf-8-sig" if done == 0 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(
+                raise UserError(
                     f"The file {str(file)!r} must be UTF-8: byte "
                     f"{done + error.start} is not."
                 ) from error
@@ -219,7 +221,7 @@ def _read_csv(file: pathlib.Path) -> Iterator[Any]:
     try:
         yield from csv.DictReader(lines)
     except csv.Error as error:
-        raise ValueError(f"The file {str(file)!r} is not CSV: {error}") from (
+        raise UserError(f"The file {str(file)!r} is not CSV: {error}") from (
             error
         )
 
@@ -234,7 +236,7 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
 
 
 def _slice(rows: Rows, split: str | None) -> Rows:

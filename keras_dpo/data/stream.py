@@ -15,6 +15,7 @@ from keras_dpo.data.order import BALANCED_BATCHES
 from keras_dpo.data.packing import BLOCK, Packing, round_up
 from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.data.sources import has_length, open_rows
+from keras_dpo.errors import UserError
 from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
 
 # A row that is longer than all before it takes the next length: each is a
@@ -71,7 +72,7 @@ class PreferenceStream(PreferenceDataset):
         verbose: bool = True,
     ) -> None:
         if steps_per_epoch < 1:
-            raise ValueError(
+            raise UserError(
                 "`steps_per_epoch` must be at least 1. Received: "
                 f"{steps_per_epoch!r}."
             )
@@ -136,7 +137,7 @@ class PreferenceStream(PreferenceDataset):
         ):
             longest = lengths.argmax()
             if lengths[longest] > limit:
-                raise ValueError(
+                raise UserError(
                     f"Row {self.report.rows[longest]} has {lengths[longest]} "
                     f"tokens, and {name} of the stream's preprocessor is "
                     f"{limit}. Raise it, or leave the row out."
@@ -209,7 +210,7 @@ class _Windows:
     def _begin(self, start: Start) -> None:
         rows = self._stream._reader.rows
         if self._next is not None and rows.is_iterator:
-            raise ValueError(
+            raise UserError(
                 f"{rows.name} is an iterator, which cannot be read again from "
                 f"row {start.row}. Pass a dataset that can, or fewer steps."
             )
@@ -253,7 +254,7 @@ def make_dataset(
     """The dataset itself, or one made of what `fit` was given."""
     if isinstance(source, PreferenceDataset):
         if batch_size not in (None, source.batch_size):
-            raise ValueError(
+            raise UserError(
                 "The PreferenceDataset already has a batch size. Received: "
                 f"batch_size={batch_size}, dataset.batch_size="
                 f"{source.batch_size}. Leave batch_size out."
@@ -283,7 +284,7 @@ def make_dataset(
 def need_an_end(dataset: PreferenceDataset, why: str) -> None:
     """Raise where a dataset is a stream."""
     if isinstance(dataset, PreferenceStream):
-        raise ValueError(
+        raise UserError(
             f"{why}, and a stream is not read to its end. Pass a "
             "PreferenceDataset, or a source that ends and no number of steps."
         )
