@@ -1,7 +1,9 @@
 """`DPOModel`: fit, evaluate and predict around one pure loss function."""
 
+import contextlib
 import pathlib
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -17,7 +19,6 @@ from keras_dpo.checks import (
     check_policy,
     check_trainable_variables,
     report_start,
-    steps_done,
 )
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import BLOCK, Packing, round_up
@@ -29,6 +30,7 @@ from keras_dpo.distribution import (
 )
 from keras_dpo.errors import UserError
 from keras_dpo.execution import check_remat, choose_execution
+from keras_dpo.initial_weights import INITIAL_WEIGHTS_GONE, InitialWeights
 from keras_dpo.losses import LossLike
 from keras_dpo.memory import (
     MemoryReport,
@@ -46,6 +48,8 @@ from keras_dpo.reference import (
     PrecomputedReference,
     Reference,
     SnapshotReference,
+    Untracked,
+    replace_reference,
 )
 from keras_dpo.resumable_epochs import resumable_epochs
 from keras_dpo.steps import PreferenceSteps
@@ -172,9 +176,8 @@ class DPOModel(PreferenceSteps):
         )
         self.remat_choice = remat
         self.remat = remat == "layers"
-        # JAX arrays never change, so keeping them is a snapshot that costs
-        # nothing until training replaces them.
-        self._initial_values = [v.value for v in policy.trainable_variables]
+        # None once training has replaced them.
+        self._initial: InitialWeights | None = InitialWeights(policy)
         self._wrapped_variables = [v.path for v in policy.trainable_variables]
         self.reference = None
         if isinstance(reference, keras.Model):
@@ -187,8 +190,12 @@ class DPOModel(PreferenceSteps):
         self._pair_metrics = []
         self._optional_metrics = []
         self._fitting = False
-        # What the stored log-probs were computed from, once they are.
+        # Kept while a loss without a reference is compiled in between.
+        self._snapshot: Untracked | None = None
+        # What the stored log-probs were computed from, once the weights that
+        # they came from are gone.
         self._reference_content: dict[str, str] | None = None
+        self._reference_was_dropped = False
         self._attention_windows: set[int] | None = None
         # Sorts after `policy` and `reference`: loaded last (see the class).
         self.stored_state = lora.StoredState(self)
@@ -251,7 +258,9 @@ class DPOModel(PreferenceSteps):
             "jit_compile": self.jit_compile,
         }
 
-    def get_compile_config(self) -> dict[str, Any]:
+    def get_compile_config(self) -> dict[str, Any] | None:
+        if not self.compiled:
+            return None
         serialize = keras.saving.serialize_keras_object
         return {
             "optimizer": serialize(self.optimizer),
@@ -271,26 +280,34 @@ class DPOModel(PreferenceSteps):
         if choice == "model":
             return
         if choice is None or not loss.needs_reference:
-            self.reference = NoReference()
+            replace_reference(self, NoReference())
         elif choice == "precomputed":
-            self.reference = PrecomputedReference()
-        elif not isinstance(self.reference, SnapshotReference):
-            if any(
-                isinstance(value, jax.Array) and value.is_deleted()
-                for value in self._initial_values
-            ):
-                raise UserError(
-                    "The policy was trained since DPOModel(policy) was made, "
-                    "so its initial weights are gone. Make a new DPOModel."
-                )
-            self.reference = SnapshotReference(
+            replace_reference(self, PrecomputedReference())
+        else:
+            replace_reference(self, self._make_snapshot())
+
+    def _make_snapshot(self) -> SnapshotReference:
+        """The one snapshot of the initial weights, made when first needed."""
+        if self._snapshot is None:
+            snapshot = SnapshotReference(
                 self.policy,
-                self._initial_values,
+                self._initial_values(),
                 self.execution.split_head,
                 self.snapshot_dtype,
             )
-        if choice == "initial" and not isinstance(self.reference, NoReference):
-            self._initial_values = []
+            self._snapshot = Untracked(snapshot)
+        return self._snapshot.value
+
+    def _initial_values(self) -> list[jax.Array]:
+        """The trainable variables' values before any training."""
+        if self._initial is None:
+            raise UserError(INITIAL_WEIGHTS_GONE)
+        return self._initial.trainable_values()
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a training step has moved the policy."""
+        return self._initial is None
 
     def _ensure_reference(self) -> Reference:
         if self.reference is None:
@@ -390,7 +407,7 @@ class DPOModel(PreferenceSteps):
                 self.history = keras.callbacks.History()
                 position.restore(self)
                 return self.history
-        elif self._at_step_zero():
+        elif not self.has_trained:
             FirstBatchCheck(self).run(train.make_batch(train.batch_indices(0)))
         stop = StopBetweenSteps(backup)
         # A backup is written when the others have done their part of a step;
@@ -413,7 +430,7 @@ class DPOModel(PreferenceSteps):
                 )
         finally:
             self._fitting = False
-            train.first_batch = 0
+            self._forget_initial_weights()
             if backup is not None:
                 backup.close()
 
@@ -438,13 +455,14 @@ class DPOModel(PreferenceSteps):
         # Inside `fit` the running training metrics would be lost. Copies: the
         # step donates the originals.
         saved = [jnp.copy(v.value) for v in self.metrics_variables]
-        results = super().evaluate(
-            x,
-            verbose=verbose,
-            callbacks=callbacks,
-            return_dict=return_dict,
-            **kwargs,
-        )
+        with self._initial_weights_kept():
+            results = super().evaluate(
+                x,
+                verbose=verbose,
+                callbacks=callbacks,
+                return_dict=return_dict,
+                **kwargs,
+            )
         if self._fitting:
             for variable, value in zip(
                 self.metrics_variables, saved, strict=True
@@ -471,8 +489,22 @@ class DPOModel(PreferenceSteps):
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
         need_an_end(dataset, "predict gives a value for every row")
         dataset = self._prepare(dataset)
-        outputs = super().predict(dataset, verbose=verbose, callbacks=callbacks)
+        with self._initial_weights_kept():
+            outputs = super().predict(
+                dataset, verbose=verbose, callbacks=callbacks
+            )
         return dataset.in_input_order(outputs)
+
+    def _initial_weights_kept(self) -> AbstractContextManager[None]:
+        """For runs that donate the weights, and change none of them."""
+        if self._initial is None or self._fitting:
+            return contextlib.nullcontext()
+        return self._initial.kept()
+
+    def _forget_initial_weights(self) -> None:
+        """After `fit`: they are the policy's own only if no step was taken."""
+        if self._initial is not None and not self._initial.are_current:
+            self._initial = None
 
     def _prepare(
         self,
@@ -480,8 +512,9 @@ class DPOModel(PreferenceSteps):
         micro_batches: int = 1,
         epochs: int = 1,
     ) -> PreferenceDataset:
-        """The dataset as this model runs it, checked against all it needs."""
+        """This model's view of the dataset, checked against all it needs."""
         self._ensure_reference()
+        dataset = dataset.view()
         dataset.check_fits(self, micro_batches)
         if self.precompute_reference and not dataset.has_reference:
             if not isinstance(self.reference, NoReference):
@@ -548,12 +581,7 @@ class DPOModel(PreferenceSteps):
             )
         self._ensure_reference()
         dataset = make_dataset(x, self.preprocessor, batch_size, False)
-        return fill_in_reference(self, dataset)
-
-    def _at_step_zero(self) -> bool:
-        if getattr(self, "optimizer", None) is None:
-            return True
-        return steps_done(self.optimizer) == 0
+        return fill_in_reference(self, dataset.view())
 
     # --- Saving -----------------------------------------------------------
 
@@ -567,6 +595,7 @@ class DPOModel(PreferenceSteps):
             "precompute_reference": self.precompute_reference,
             "reference_cache": self.reference_cache,
             "snapshot_dtype": self.snapshot_dtype,
+            "keeps_snapshot": isinstance(self.reference, SnapshotReference),
             **self._execution_choices,
             "remat": self.remat_choice,
         }
@@ -589,7 +618,48 @@ class DPOModel(PreferenceSteps):
         preprocessor = config.pop("preprocessor", None)
         if preprocessor is not None:
             preprocessor = DPOPreprocessor.from_config(preprocessor, policy)
-        return cls(policy, preprocessor=preprocessor, **config)
+        keeps_snapshot = config.pop("keeps_snapshot")
+        model = cls(policy, preprocessor=preprocessor, **config)
+        if keeps_snapshot:
+            # Its values are loaded into it.
+            replace_reference(model, model._make_snapshot())
+        return model
+
+    def reference_origin(self) -> dict[str, Any]:
+        """What the reference is made of; it is kept with the weights."""
+        return {
+            "has_trained": self.has_trained,
+            "has_snapshot": isinstance(self.reference, SnapshotReference),
+            "content": self._reference_content,
+            "was_dropped": self._reference_was_dropped,
+        }
+
+    def restore_reference_origin(self, origin: dict[str, Any]) -> None:
+        """Take `reference_origin` of the weights that were just loaded.
+
+        Raises:
+            UserError: They came with a snapshot that this model has no place
+                for, or without one that it needs.
+        """
+        has_snapshot = isinstance(self.reference, SnapshotReference)
+        if origin["has_snapshot"] and not has_snapshot:
+            raise UserError(
+                "The file holds a snapshot of the initial weights, and the "
+                "model has no place for it yet. Compile the model, with a loss "
+                "that needs a reference, before load_weights."
+            )
+        self._reference_content = origin["content"]
+        self._reference_was_dropped = origin["was_dropped"]
+        self._initial = None
+        if not origin["has_trained"]:
+            self._initial = InitialWeights(self.policy)
+        if has_snapshot and not origin["has_snapshot"]:
+            # Raises where the initial weights are not those of the file.
+            values = self._initial_values()
+            for variable, value in zip(
+                self.reference.snapshot, values, strict=True
+            ):
+                variable.assign(jnp.array(value, variable.dtype, copy=True))
 
     def summary(self, *args: Any, **kwargs: Any) -> None:
         """Print the policy, the reference and what is trained."""

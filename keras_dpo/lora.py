@@ -6,9 +6,11 @@ held against the wrong reference. Here the three arrays are kept apart.
 `tests/test_saving.py` tells when upstream does it.
 """
 
+import json
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_dpo.errors import UserError
 
@@ -23,27 +25,74 @@ def adapted(policy: keras.Model) -> list[tuple[int, keras.layers.Layer]]:
 
 
 def trained_parts(policy: keras.Model) -> dict[str, Any]:
-    """Which layers have LoRA, of what rank, and which weights train."""
+    """How each layer computes beyond its config, and which weights train.
+
+    LoRA's rank, alpha and what else Keras comes to keep in `lora_*`, and the
+    number types that layers were given one by one.
+    """
     return {
-        "ranks": {str(i): layer.lora_rank for i, layer in adapted(policy)},
+        "lora": {str(i): _lora_settings(layer) for i, layer in adapted(policy)},
+        "number_types": _number_types(policy),
         "trainable": [bool(v.trainable) for v in policy.weights],
     }
 
 
 def restore_trained_parts(policy: keras.Model, record: dict[str, Any]) -> None:
-    """Enable LoRA and freeze as `trained_parts` recorded it."""
+    """Enable LoRA and freeze as `trained_parts` recorded it.
+
+    Raises:
+        UserError: A layer comes back with another number type.
+    """
     layers = list(policy._flatten_layers())
-    for index, rank in record["ranks"].items():
-        layers[int(index)].enable_lora(rank)
+    for index, settings in record["lora"].items():
+        layer = layers[int(index)]
+        layer.enable_lora(settings["lora_rank"])
+        for name, value in settings.items():
+            setattr(layer, name, value)
     for variable, trainable in zip(
         policy.weights, record["trainable"], strict=True
     ):
         variable.trainable = trainable
+    saved, now = record["number_types"], _number_types(policy)
+    changed = [index for index in saved if saved[index] != now.get(index)]
+    if changed:
+        raise UserError(
+            "The saved policy computed with number types that its config does "
+            f"not hold. Received: {layers[int(changed[0])].path} in "
+            f"{saved[changed[0]]}, loaded in {now.get(changed[0])}. Give the "
+            "backbone one dtype, or quantize it after training."
+        )
+
+
+def _lora_settings(layer: keras.layers.Layer) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if name.startswith("lora_") and isinstance(value, bool | int | float)
+    }
+
+
+def _number_types(policy: keras.Model) -> dict[str, str]:
+    """Index -> number type of the layers with weights."""
+    return {
+        str(index): number_type(layer)
+        for index, layer in enumerate(policy._flatten_layers())
+        if layer._trainable_variables or layer._non_trainable_variables
+    }
+
+
+def number_type(layer: keras.layers.Layer) -> str:
+    """What a layer computes in, holds its weights in, and quantized how."""
+    parts = (layer.compute_dtype, layer.variable_dtype, layer.quantization_mode)
+    return "/".join(str(part) for part in parts if part)
 
 
 def policy_config(policy: keras.Model) -> dict[str, Any]:
     """The serialized policy, with what Keras-Hub forgets put back."""
     config = keras.saving.serialize_keras_object(policy)
+    # Keras-Hub compiles its models for supervised training, and Keras warns
+    # that it cannot repeat that.
+    config.pop("compile_config", None)
     backbone: Any = getattr(policy, "backbone", None)
     # Llama's config leaves this out (Keras-Hub 0.32).
     if hasattr(backbone, "tie_word_embeddings"):
@@ -57,30 +106,52 @@ class StoredState(keras.layers.Layer):
     """Writes what Keras' own walk through a `DPOModel` gets wrong or misses.
 
     Its attribute name sorts last, so that its values are read after the
-    layers'. Holds the adapted layers' arrays and the loss's running means.
+    layers'. Holds the adapted layers' arrays, the loss's running means, and
+    what the reference is made of.
     """
 
     def __init__(self, model: keras.Model) -> None:
         super().__init__(trainable=False)
-        # In a closure, out of sight of Keras' tracking.
+        # In closures, out of sight of Keras' tracking.
         self._variables = lambda: _apart(model)
+        self._get_origin = lambda: model.reference_origin()
+        self._set_origin = lambda origin: model.restore_reference_origin(origin)
+        self._refusal = UserError(
+            "The file holds no state of a DPOModel: it is another model's, or "
+            "of an earlier version."
+        )
         self.built = True
 
     def save_own_variables(self, store: Any) -> None:
         for index, variable in enumerate(self._variables()):
             store[str(index)] = variable
+        text = json.dumps(self._get_origin())
+        store["origin"] = np.frombuffer(text.encode(), "uint8")
 
     def load_own_variables(self, store: Any) -> None:
+        if "origin" not in store.keys():
+            # Keras tries a second place, where nothing is, after an error in
+            # the first.
+            raise self._refusal
+        try:
+            self._load(store)
+        except UserError as error:
+            self._refusal = error
+            raise
+
+    def _load(self, store: Any) -> None:
         variables = self._variables()
-        if len(store.keys()) != len(variables):
+        found = len(store.keys()) - 1
+        if found != len(variables):
             raise UserError(
-                f"The file holds {len(store.keys())} LoRA and loss variables, "
+                f"The file holds {found} LoRA and loss variables, "
                 f"the model {len(variables)}. Enable LoRA with the same rank "
                 "on the same layers, and compile with the same loss, before "
                 "loading."
             )
         for index, variable in enumerate(variables):
             variable.assign(store[str(index)])
+        self._set_origin(json.loads(np.asarray(store["origin"]).tobytes()))
 
 
 def _apart(model: keras.Model) -> list[keras.Variable]:
@@ -92,13 +163,14 @@ def _apart(model: keras.Model) -> list[keras.Variable]:
             layer._embeddings
             if isinstance(layer, keras.layers.Embedding)
             else layer._kernel,
-            *_adapters(layer),
+            *adapters(layer),
         )
     ]
     return [*arrays, *model.preference_loss.variables]
 
 
-def _adapters(layer: keras.layers.Layer) -> list[keras.Variable]:
+def adapters(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """A layer's LoRA variables; none where it has none."""
     names = ("kernel", "embeddings")
     found = [
         getattr(layer, f"lora_{name}_{side}", None)

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keras_dpo.checks import steps_done
 from keras_dpo.compilation import cache_directory
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import choose_lengths
@@ -18,41 +17,80 @@ from keras_dpo.data.stream import need_an_end
 from keras_dpo.distribution import distribute_batch, to_host
 from keras_dpo.errors import UserError
 from keras_dpo.log_probs import Array
-from keras_dpo.reference import ModelReference, PrecomputedReference
-from keras_dpo.reference_store import ReferenceStore, hash_weights
+from keras_dpo.model_content import content_of
+from keras_dpo.reference import (
+    ModelReference,
+    PrecomputedReference,
+    replace_reference,
+)
+from keras_dpo.reference_store import ReferenceStore
 
 # Tokens of a batch without gradients.
 PRECOMPUTE_TOKENS = 8192
 
 
 def fill_in_reference(model: Any, dataset: PreferenceDataset) -> pathlib.Path:
-    """Fill in reference log-probs: read what is on disk, compute the rest.
+    """Give a view of the pairs its reference log-probs.
 
-    Batches are larger than those of training: nothing is kept for a
-    gradient.
+    What is on disk is read, the rest computed, in larger batches than those of
+    training: nothing is kept for a gradient.
+
+    Args:
+        model: A `DPOModel` with its reference in place.
+        dataset: The model's own view of the pairs.
+
+    Raises:
+        UserError: They are not all on disk, and the weights are gone.
     """
     need_an_end(dataset, "A precomputed reference is one of all pairs")
-    reference = model.reference
-    online = reference if isinstance(reference, ModelReference) else None
-    scored = model.policy if online is None else online.model
-    if model._reference_content is None:
-        _check_can_run(model)
-        model._reference_content = {
-            "reference weights": hash_weights(scored.variables),
-            "number types": scored.dtype_policy.name,
-        }
+    can_run = _can_run(model)
+    if can_run:
+        # Hashed anew for each store: weights may have been loaded since.
+        model._reference_content = _content(model)
+    elif model._reference_content is None:
+        raise UserError(_GONE)
     store = ReferenceStore(
         model.reference_cache or cache_directory() / "reference",
         dataset.pairs,
         model._reference_content,
         strict=model.reference_cache is not None,
     )
-    if not store.is_whole and online is None:
-        _check_can_run(model)
-    trainable = [v.value for v in model.trainable_variables]
-    non_trainable = [v.value for v in model.non_trainable_variables]
+    if not can_run and not store.is_whole:
+        raise UserError(_GONE)
+    store.fill(_log_probs_of_parts(model, dataset, store))
+    dataset.use_reference(store)
+    return store.directory
+
+
+def _can_run(model: Any) -> bool:
+    """Whether the weights that the reference consists of are still there."""
+    if isinstance(model.reference, ModelReference):
+        return True
+    return not model.has_trained and not model._reference_was_dropped
+
+
+_GONE = (
+    'reference="precomputed" needs reference_chosen_log_prob and '
+    "reference_rejected_log_prob in the data, or a policy that has not been "
+    "trained: the reference's weights are gone, and no store holds log-probs "
+    "of these pairs. Call precompute(pairs) before fit, or make a new DPOModel."
+)
+
+
+def _content(model: Any) -> dict[str, str]:
+    """What the reference's log-probs depend on beyond the token ids."""
+    reference = model.reference
+    if isinstance(reference, ModelReference):
+        return content_of(reference.model)
+    return content_of(model.policy, model._initial_values())
+
+
+def _log_probs_of_parts(
+    model: Any, dataset: PreferenceDataset, store: ReferenceStore
+) -> Callable[[int], Iterator[tuple[int, np.ndarray]]]:
+    """From a part's number to its pairs' places and log-probs."""
     # JAX keeps the function for a while: it must not keep the reference.
-    of_policy = online is None
+    of_policy = not isinstance(model.reference, ModelReference)
 
     @functools.partial(jax.jit, compiler_options=model.compiler_options)
     def run(trainable: Any, non_trainable: Any, batch: Any) -> Array:
@@ -64,47 +102,30 @@ def fill_in_reference(model: Any, dataset: PreferenceDataset) -> pathlib.Path:
         found = policy if of_policy else stored
         return found.log_probs * found.mask
 
-    parts = [] if store.is_whole else _parts(model, dataset, store)
+    @functools.cache
+    def parts() -> list[PreferenceDataset]:
+        return _parts(model, dataset, store)
 
     def compute(n: int) -> Iterator[tuple[int, np.ndarray]]:
-        for indices in parts[n].all_batches():
-            batch = distribute_batch(parts[n].make_batch(indices))
+        trainable = [v.value for v in model.trainable_variables]
+        if of_policy:
+            trainable = model._initial_values()
+        non_trainable = [v.value for v in model.non_trainable_variables]
+        part = parts()[n]
+        for indices in part.all_batches():
+            batch = distribute_batch(part.make_batch(indices))
             values = to_host(run(trainable, non_trainable, batch))
             yield from zip(indices, values, strict=False)
 
-    store.fill(compute)
-    dataset.use_reference(store)
-    return store.directory
+    return compute
 
 
 def drop_reference_model(model: Any) -> None:
     """Let go of a reference whose log-probs are stored."""
     if isinstance(model.reference, ModelReference):
-        # Keras (3.15) keeps a layer whose attribute is replaced or
-        # deleted, and a list of all layers of when it was compiled.
-        dropped = {id(x) for x in model.reference._flatten_layers()}
-        model._tracker.untrack(model.reference)
-        model.reference = PrecomputedReference()
-        state: Any = model.__dict__.get("_compiled_trainable_state", {})
-        model._compiled_trainable_state = {
-            layer: trainable
-            for layer, trainable in state.items()
-            if id(layer) not in dropped
-        }
+        replace_reference(model, PrecomputedReference())
         model.reference_choice = "precomputed"
-
-
-def _check_can_run(model: Any) -> None:
-    """Raise where the reference is no longer there to be run."""
-    if isinstance(model.reference, ModelReference) or model._at_step_zero():
-        return
-    raise UserError(
-        'reference="precomputed" needs reference_chosen_log_prob and '
-        "reference_rejected_log_prob in the data, or a policy that has not "
-        f"been trained. Received: {steps_done(model.optimizer)} steps of "
-        "training, and pairs whose log-probs were not stored. Call "
-        "precompute(pairs) before fit."
-    )
+        model._reference_was_dropped = True
 
 
 def _parts(

@@ -76,7 +76,7 @@ class SnapshotReference(Reference):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._policy = _Untracked(policy)
+        self._policy = Untracked(policy)
         self.split_head = split_head
         self.snapshot = [
             _snapshot(variable, value, snapshot_dtype or variable.dtype)
@@ -84,6 +84,12 @@ class SnapshotReference(Reference):
                 policy.trainable_variables, initial_values, strict=True
             )
         ]
+
+    def load_own_variables(self, store: Any) -> None:
+        # A file without a snapshot: `DPOModel.restore_reference_origin` says
+        # what it means.
+        if store.keys():
+            super().load_own_variables(store)
 
     def token_log_probs(self, values: VariableValues, batch: Batch) -> Array:
         current = {id(variable): value for variable, value in values}
@@ -141,7 +147,7 @@ class ModelReference(Reference):
         self, policy: keras.Model, model: keras.Model, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self._policy = _Untracked(policy)
+        self._policy = Untracked(policy)
         shared = {id(v) for v in policy.variables} & {
             id(v) for v in model.variables
         }
@@ -160,6 +166,11 @@ class ModelReference(Reference):
                 "the reference. Use a reference with the policy's tokenizer."
             )
         self.model = model
+        held = {id(v.value) for v in policy.variables}
+        for variable in model.variables:
+            if id(variable.value) in held:
+                # One array cannot be given to a step twice.
+                variable.assign(jnp.array(variable.value, copy=True))
 
     def token_log_probs(self, values: VariableValues, batch: Batch) -> Array:
         with keras.StatelessScope(state_mapping=values):
@@ -215,11 +226,32 @@ class NoReference(Reference):
         return "none"
 
 
-class _Untracked:
+class Untracked:
     """Hides a layer from Keras' attribute tracking."""
 
-    def __init__(self, value: keras.Model) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def replace_reference(model: Any, reference: Reference) -> None:
+    """Give a `DPOModel` another reference; the one before leaves its state.
+
+    Keras (3.15) keeps a layer whose attribute is replaced or deleted, and a
+    list of all layers of when the model was compiled.
+    """
+    before = model.reference
+    if before is reference:
+        return
+    if before is not None:
+        dropped = {id(layer) for layer in before._flatten_layers()}
+        model._tracker.untrack(before)
+        state: Any = model.__dict__.get("_compiled_trainable_state", {})
+        model._compiled_trainable_state = {
+            layer: trainable
+            for layer, trainable in state.items()
+            if id(layer) not in dropped
+        }
+    model.reference = reference
 
 
 def vocabulary_size(model: keras.Model) -> int | None:

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,10 +28,15 @@ PAIRS_PER_PART = 256
 
 
 def hash_weights(variables: Iterable[keras.Variable]) -> str:
-    """Of every value, in order."""
+    """A hash of every value, in order."""
+    return hash_arrays(variable.value for variable in variables)
+
+
+def hash_arrays(arrays: Iterable[Any]) -> str:
+    """A hash of every array's shape, type and bytes, in order."""
     digest = hashlib.blake2b(digest_size=16)
-    for variable in variables:
-        value = np.ascontiguousarray(to_host(variable.value))
+    for array in arrays:
+        value = np.ascontiguousarray(to_host(array))
         digest.update(f"{value.shape} {value.dtype}".encode())
         digest.update(value.reshape(-1).view("uint8").data)
     return digest.hexdigest()

@@ -172,6 +172,7 @@ def test_content_names_what_it_was_computed_from(tmp_path):
     content = json.loads((directory / "content.json").read_text())
     assert set(content) == {
         "reference weights",
+        "configuration",
         "number types",
         "token_ids",
         "layout",

@@ -300,6 +300,12 @@ class PreferenceDataset(keras.utils.PyDataset):
             batch["reference_log_probs"] = log_probs
         return batch
 
+    def view(self) -> "PreferenceDataset":
+        """The same pairs for one run, which may leave its marks on it."""
+        dataset = copy.copy(self)
+        dataset.epoch = dataset.first_batch = 0
+        return dataset
+
     def packed(self, packing: Packing, epochs: int = 1) -> "PreferenceDataset":
         """The same pairs in rows; the dataset itself stays as it is.
 

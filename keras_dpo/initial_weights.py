@@ -1,0 +1,89 @@
+"""The weights that a policy began with, for as long as they are there."""
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import keras
+import numpy as np
+
+from keras_dpo.errors import UserError
+
+INITIAL_WEIGHTS_GONE = (
+    "The reference is made of the initial weights, and the initial weights are "
+    "gone: the policy was trained, or other weights were loaded, after "
+    "DPOModel(policy) was made. Make a new DPOModel(policy); the policy as it "
+    "is now is then the reference."
+)
+
+
+class InitialWeights:
+    """The policy's values when `DPOModel(policy)` was made.
+
+    JAX arrays never change, so holding on to them costs nothing until training
+    replaces them; its first step then deletes them (they are donated).
+
+    Args:
+        policy: A built Keras model.
+    """
+
+    def __init__(self, policy: keras.Model) -> None:
+        self._policy = policy
+        self._variables = list(policy.weights)
+        self._values = self._now
+
+    @property
+    def are_current(self) -> bool:
+        """Whether the policy still holds these values, bit for bit."""
+        return all(map(_same, self._now, self._values))
+
+    def trainable_values(self) -> list[jax.Array]:
+        """Initial values of the policy's trainable variables, in its order.
+
+        Raises:
+            UserError: They are gone, or a frozen variable holds another value.
+        """
+        trainable = {id(v) for v in self._policy.trainable_variables}
+        values = {}
+        for variable, value in zip(self._variables, self._values, strict=True):
+            if id(variable) in trainable:
+                values[id(variable)] = value
+                gone = isinstance(value, jax.Array) and value.is_deleted()
+            else:
+                gone = not _same(variable.value, value)
+            if gone:
+                raise UserError(INITIAL_WEIGHTS_GONE)
+        return [values[id(v)] for v in self._policy.trainable_variables]
+
+    @property
+    def _now(self) -> list[jax.Array]:
+        return [variable.value for variable in self._variables]
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Follow the values through a run that changes none of them.
+
+        Keras donates its state to test and prediction steps, too, and puts new
+        arrays of the same values in place.
+        """
+        held = list(map(operator.is_, self._now, self._values))
+        try:
+            yield
+        finally:
+            self._values = [
+                now if was_held else then
+                for was_held, now, then in zip(
+                    held, self._now, self._values, strict=True
+                )
+            ]
+
+
+def _same(now: jax.Array, then: jax.Array) -> bool:
+    if now is then or isinstance(then, jax.ShapeDtypeStruct):
+        return True
+    if then.is_deleted():
+        return False
+    if not then.is_fully_addressable:
+        return bool(jax.numpy.array_equal(now, then))
+    return np.array_equal(np.asarray(now), np.asarray(then))
