@@ -11,6 +11,7 @@ from keras_dpo.distribution import distribute_batch, to_host
 from keras_dpo.errors import UserError, UserTypeError
 from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
+from keras_dpo.presets import text_tokenizer_of
 from keras_dpo.reference import (
     NoReference,
     PrecomputedReference,
@@ -55,6 +56,64 @@ def check_policy(policy: Any, reference: Any) -> None:
             "no layer to adapt in some families: name them with "
             "target_layer_names)."
         )
+
+
+# Texts on which tokenizers differ that are not the same.
+PROBES = (
+    "What is 12 + 345?  It's 357.",
+    "def f(x):\n\treturn x  # naïve café, 東京, 🙂\r\n",
+    "<|im_start|>user\nHello<|im_end|>\n<start_of_turn>model\n",
+)
+
+
+def check_same_vocabulary(policy: keras.Model, reference: keras.Model) -> None:
+    """Raise where an id is one token to the policy and another to a reference.
+
+    Control tokens apart, which every checkpoint may name as it likes.
+    """
+    ours, theirs = text_tokenizer_of(policy), text_tokenizer_of(reference)
+    if ours is None or theirs is None:
+        return
+    control = {*ours.control_tokens, *theirs.control_tokens}
+    their_tokens = {i: token for token, i in theirs.token_ids().items()}
+    for token, i in ours.token_ids().items():
+        other = their_tokens.get(i, token)
+        if other != token and not {other, token} & control:
+            raise UserError(
+                "Policy and reference must have the same tokens. Received: id "
+                f"{i}, which is {token!r} to the policy and {other!r} to the "
+                "reference. Use a reference with the policy's tokenizer."
+            )
+
+
+def check_same_ids(policy: keras.Model, reference: keras.Model) -> None:
+    """Raise where policy and reference turn a text into other ids."""
+    ours, theirs = text_tokenizer_of(policy), text_tokenizer_of(reference)
+    if ours is None or theirs is None:
+        return
+    probes = list(PROBES)
+    for text, a, b in zip(
+        probes, ours.encode(probes), theirs.encode(probes), strict=True
+    ):
+        if a != b:
+            raise UserError(
+                "Policy and reference must make the same ids of a text. "
+                f"Received: {a[:8]}... from the policy ({ours.name}) and "
+                f"{b[:8]}... from the reference ({theirs.name}), of {text!r}. "
+                "Load both with the tokenizer that they were trained with; "
+                "keras_dpo.save_policy keeps it beside a preset."
+            )
+
+
+def describe_text(preprocessor: Any) -> list[str]:
+    """Lines on the tokenizer and the chat template that a run uses."""
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    if tokenizer is None:
+        return []
+    return [
+        f"Tokenizer: {tokenizer.name}",
+        f"Chat template: {preprocessor.describe_template()}",
+    ]
 
 
 def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
@@ -104,6 +163,8 @@ def report_start(
     trained = model.trainable_variables
     count = sum(int(np.prod(v.shape)) for v in trained)
     total = sum(int(np.prod(v.shape)) for v in model.policy.weights)
+    for line in describe_text(model.preprocessor):
+        print_fn(line)
     print_fn(f"Reference: {reference.describe()}")
     print_fn(
         f"Trained: {count:,} of {total:,} parameters in {len(trained)} "
@@ -131,6 +192,27 @@ def report_start(
             f"The reference runs in each of {epochs} epochs; with "
             "precompute_reference=True it runs once (if it is not synced)."
         )
+
+
+def warn_of_swapped_pairs(
+    history: dict[str, list[float]], num_pairs: int
+) -> None:
+    """Say so where training ranks the validation pairs the wrong way round.
+
+    Args:
+        history: Of `fit`.
+        num_pairs: Validation pairs.
+    """
+    accuracies = history.get("val_reward_accuracy")
+    # Two standard errors of an accuracy of one half.
+    if not accuracies or not accuracies[-1] < 0.5 - num_pairs**-0.5:
+        return
+    say(
+        f"Warning: after training {accuracies[-1]:.0%} of {num_pairs} "
+        "validation pairs are ranked rightly, clearly fewer than one half. "
+        "Chosen and rejected may be swapped in the training or the validation "
+        "data (keras-dpo inspect shows both), or training diverged."
+    )
 
 
 def steps_done(optimizer: keras.Optimizer) -> int:

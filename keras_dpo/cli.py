@@ -92,7 +92,7 @@ def _normal(arguments: list[str]) -> list[str]:
     switches = {
         field.name
         for field in dataclasses.fields(DPOConfig)
-        if field.type is bool or field.type == "bool"
+        if field.type in (bool, bool | None)
     }
     first: list[str] = []
     rest: list[str] = []

@@ -5,33 +5,40 @@ The Python API, the YAML file, the command's flags and the saved
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from keras_dpo import losses
 from keras_dpo.errors import UserError
 from keras_dpo.outline import variables_without_values
 from keras_dpo.sharding import parse_mesh
 
-# Options that go to the loss, with the value that means "not set".
-LOSS_OPTIONS = {
-    "beta": 0.1,
-    "label_smoothing": 0.0,
-    "f_divergence": "reverse_kl",
-    "f_alpha": 0.5,
-    "ld_alpha": None,
-    "wpo": False,
-    "tau": None,
-    "dpop_lambda": None,
-    "orpo_lambda": None,
-    "gamma": None,
-    "alpha": None,
-    "length_average": None,
-}
+# Settings that go to the loss.
+LOSS_OPTIONS = (
+    "beta",
+    "label_smoothing",
+    "f_divergence",
+    "f_alpha",
+    "ld_alpha",
+    "wpo",
+    "tau",
+    "dpop_lambda",
+    "orpo_lambda",
+    "gamma",
+    "alpha",
+    "length_average",
+)
+# Peak learning rates of what is trained, where none is set. All weights: as
+# on EasyDeL's page. Adapters begin at zero and have few parameters: they take
+# rates ten to a hundred times as large (docs/real_run.md).
+LEARNING_RATE = 1e-6
+LORA_LEARNING_RATE = 1e-4
 
 
 @dataclasses.dataclass
 class DPOConfig:
     """Settings of a preference-tuning run.
+
+    None means unset, in every setting; `resolved` says what a run then uses.
 
     Args:
         model_name: Name of the run, and of its directory.
@@ -77,9 +84,12 @@ class DPOConfig:
         column_map: Our field names -> the data's columns.
         loss_type: Name of the loss, or several joined with commas.
         loss_weights: Weights of several losses, joined with commas.
-        beta: Strength of the pull towards the reference.
-        label_smoothing: Assumed share of flipped labels.
-        f_divergence: `reverse_kl`, `forward_kl`, `js` or `alpha`.
+        beta: Strength of the pull towards the reference; the loss's own if
+            left out, 0.1 for most.
+        label_smoothing: Assumed share of flipped labels; the loss's own if
+            left out, 0 for most.
+        f_divergence: `reverse_kl` (if left out), `forward_kl`, `js` or
+            `alpha`.
         f_alpha: The alpha of `f_divergence=alpha`.
         ld_alpha: Weight of tokens beyond the shorter completion.
         wpo: Whether to weigh pairs by the policy's own probability.
@@ -100,7 +110,8 @@ class DPOConfig:
             `max_prompt_length` if left out.
         chat_template: `auto`, a template's name, or Jinja source.
         on_overflow: `truncate`, `drop` or `error`.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate; 1e-6 if left out, or 1e-4 for LoRA
+            adapters.
         learning_rate_schedule: `constant`, `linear` or `cosine`.
         warmup_ratio: Share of the steps that warm up.
         weight_decay: Of AdamW.
@@ -155,14 +166,14 @@ class DPOConfig:
 
     loss_type: str = "sigmoid"
     loss_weights: str | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = (
-        "reverse_kl"
+    beta: float | None = None
+    label_smoothing: float | None = None
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = (
+        None
     )
-    f_alpha: float = 0.5
+    f_alpha: float | None = None
     ld_alpha: float | None = None
-    wpo: bool = False
+    wpo: bool | None = None
     tau: float | None = None
     dpop_lambda: float | None = None
     orpo_lambda: float | None = None
@@ -181,7 +192,7 @@ class DPOConfig:
     chat_template: str = "auto"
     on_overflow: Literal["truncate", "drop", "error"] = "truncate"
 
-    learning_rate: float = 1e-6
+    learning_rate: float | None = None
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
@@ -218,7 +229,7 @@ class DPOConfig:
     def _check_values_are_there(self) -> None:
         for field in dataclasses.fields(self):
             missing = getattr(self, field.name) is None
-            if missing and "None" not in str(field.type):
+            if missing and field.default is not None:
                 raise UserError(
                     f"`{field.name}` must have a value. Received: None. Leave "
                     f"it out for {field.default!r}."
@@ -321,6 +332,25 @@ class DPOConfig:
                 f"Received: {self.lora_target_layers!r}."
             )
 
+    def resolved(self) -> "DPOConfig":
+        """The config with what is unset filled in: what a run uses.
+
+        An option of which several losses take each their own stays unset, and
+        so does what no loss reads.
+        """
+        loss = self.make_loss()
+        options = [x.get_config() for x in getattr(loss, "losses", [loss])]
+        used: dict[str, Any] = {}
+        for name in LOSS_OPTIONS:
+            values = [own[name] for own in options if name in own]
+            if values and all(value == values[0] for value in values):
+                used[name] = values[0]
+        if self.learning_rate is None:
+            used["learning_rate"] = (
+                LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE
+            )
+        return dataclasses.replace(self, **used)
+
     def make_loss(self) -> losses.PreferenceLoss:
         """The loss that the options describe.
 
@@ -328,6 +358,15 @@ class DPOConfig:
             ValueError: A name is unknown, or an option is set that none of
                 the losses reads.
         """
+        try:
+            return self._make_loss()
+        except UserError:
+            raise
+        except ValueError as error:
+            # Losses know nothing of this package, its errors neither.
+            raise UserError(str(error)) from error
+
+    def _make_loss(self) -> losses.PreferenceLoss:
         names = [name.strip() for name in self.loss_type.split(",")]
         if len(names) == 1 and self.loss_weights is not None:
             raise UserError(
@@ -337,8 +376,8 @@ class DPOConfig:
             )
         options = {
             name: getattr(self, name)
-            for name, unset in LOSS_OPTIONS.items()
-            if getattr(self, name) != unset
+            for name in LOSS_OPTIONS
+            if getattr(self, name) is not None
         }
         if len(names) == 1:
             return losses.get(names[0], **options)

@@ -17,8 +17,11 @@ from keras_dpo.checks import (
     FirstBatchCheck,
     check_differentiable,
     check_policy,
+    check_same_ids,
+    check_same_vocabulary,
     check_trainable_variables,
     report_start,
+    warn_of_swapped_pairs,
 )
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import BLOCK, Packing, round_up
@@ -127,6 +130,8 @@ class DPOModel(PreferenceSteps):
         **kwargs: Any,
     ) -> None:
         check_policy(policy, reference)
+        if isinstance(reference, keras.Model):
+            check_same_vocabulary(policy, reference)
         if precompute_reference and reference is None:
             raise UserError(
                 "precompute_reference=True needs a reference. Received: "
@@ -184,7 +189,12 @@ class DPOModel(PreferenceSteps):
             self.reference = ModelReference(policy, reference)
         if preprocessor == "auto":
             preprocessor = DPOPreprocessor.from_policy(policy)
+            if isinstance(reference, keras.Model):
+                check_same_ids(policy, reference)
         self.preprocessor: Any = preprocessor
+        if getattr(preprocessor, "tokenizer", None) is not None:
+            # `save_policy` keeps it with the policy.
+            policy._trained_with = preprocessor
         self.preference_loss = losses.Sigmoid()
         self.gradient_accumulation_steps = 1
         self._pair_metrics = []
@@ -418,7 +428,7 @@ class DPOModel(PreferenceSteps):
         self._fitting = True
         try:
             with resumable_epochs(), stop:
-                return super().fit(
+                history = super().fit(
                     train,
                     epochs=epochs,
                     verbose=verbose,
@@ -428,6 +438,9 @@ class DPOModel(PreferenceSteps):
                     initial_epoch=initial_epoch,
                     validation_freq=validation_freq,
                 )
+            if valid is not None and verbose:
+                warn_of_swapped_pairs(history.history, valid.num_pairs)
+            return history
         finally:
             self._fitting = False
             self._forget_initial_weights()

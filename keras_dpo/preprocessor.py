@@ -1,5 +1,6 @@
 """Records -> token ids, exactly as the model will see them at inference."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -134,14 +135,16 @@ class DPOPreprocessor:
         return preprocessor
 
     def adopt_family_template(self, policy: keras.Model) -> None:
-        """Take the family's template where the tokenizer carries none."""
+        """Take the policy's own template, or its family's, where the tokenizer
+        carries none."""
         tokenizer = self.tokenizer
         if (
             self.chat_template == "auto"
             and tokenizer is not None
             and tokenizer.chat_template is None
         ):
-            self.chat_template = chat_templates.family_template(policy)
+            own = getattr(policy, "_chat_format", {}).get("chat_template")
+            self.chat_template = own or chat_templates.family_template(policy)
 
     @property
     def template(self) -> str:
@@ -160,6 +163,20 @@ class DPOPreprocessor:
                 f"{', '.join(chat_templates.TEMPLATES)} or Jinja source."
             )
         return chat_templates.TEMPLATES.get(choice, choice)
+
+    def describe_template(self) -> str:
+        """Which chat template is in use, in a few words."""
+        if not self.has_template():
+            return "none; message lists cannot be rendered"
+        if self.chat_template == "auto":
+            return "the tokenizer's own"
+        names = [
+            n for n, x in chat_templates.TEMPLATES.items() if self.template == x
+        ]
+        if names:
+            return names[0]
+        digest = hashlib.blake2b(self.template.encode(), digest_size=4)
+        return f"given as Jinja source (hash {digest.hexdigest()})"
 
     @property
     def end_ids(self) -> list[int]:

@@ -10,6 +10,7 @@ upstream is mended:
 """
 
 import contextlib
+import copy
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import keras
 
+from keras_dpo.chat_templates import FAMILY_TEMPLATES
 from keras_dpo.distribution import (
     is_main_process,
     to_host,
@@ -28,10 +30,17 @@ from keras_dpo.distribution import (
 from keras_dpo.errors import UserError
 from keras_dpo.lora import policy_config
 from keras_dpo.preprocessor import DPOPreprocessor
-from keras_dpo.tokenizers import LLAMA3_DEFAULT_TOKENS, HuggingFaceTokenizer
+from keras_dpo.tokenizers import (
+    LLAMA3_DEFAULT_TOKENS,
+    HuggingFaceTokenizer,
+    TextTokenizer,
+    as_text_tokenizer,
+)
 
 # Beside a Keras preset, whose own tokenizer.json is another thing.
 TOKENIZER_DIRECTORY = "huggingface_tokenizer"
+# What the tokenizer's own files do not hold of how messages become text.
+CHAT_FORMAT = "chat_format.json"
 
 
 def load_policy(preset: str, dtype: Any = None) -> keras.Model:
@@ -65,6 +74,7 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
             f"no {error}."
         ) from error
     policy._huggingface_tokenizer = _load_tokenizer(preset, config)
+    policy._chat_format = load_chat_format(preset)
     return policy
 
 
@@ -107,6 +117,28 @@ def load_tokenizer(preset: str) -> Any:
     if tokenizer is not None:
         return tokenizer
     return keras_hub.tokenizers.Tokenizer.from_preset(preset)
+
+
+def load_chat_format(preset: str) -> dict[str, Any]:
+    """The `chat_template` that a preset was trained with, or its family's.
+
+    Empty for a preset of neither; `save_policy` writes the file.
+    """
+    path = pathlib.Path(preset) / CHAT_FORMAT
+    if path.exists():
+        return json.loads(path.read_text())
+    family = _read_config(preset).get("class_name", "")
+    name = FAMILY_TEMPLATES.get(family.removesuffix("Backbone"))
+    return {} if name is None else {"chat_template": name}
+
+
+def text_tokenizer_of(model: keras.Model) -> TextTokenizer | None:
+    """The tokenizer that a model was loaded with, or has of its own."""
+    tokenizer = getattr(model, "_huggingface_tokenizer", None)
+    if tokenizer is None:
+        preprocessor = getattr(model, "preprocessor", None)
+        tokenizer = getattr(preprocessor, "tokenizer", None)
+    return None if tokenizer is None else as_text_tokenizer(tokenizer)
 
 
 def _read_config(preset: str) -> dict[str, Any]:
@@ -186,9 +218,14 @@ def save_policy(
     Args:
         policy: A Keras-Hub CausalLM.
         directory: Where to.
-        preprocessor: Its Hugging Face tokenizer, if any, is kept too.
+        preprocessor: Its tokenizer and chat template are kept beside the
+            weights. None: those that the policy was trained or loaded with.
     """
     directory = pathlib.Path(directory)
+    if preprocessor is None or preprocessor.tokenizer is None:
+        preprocessor = getattr(policy, "_trained_with", None)
+    if preprocessor is None:
+        preprocessor = DPOPreprocessor.from_policy(policy)
     with _values_on_host(policy):
         if is_main_process():
             _save_whole(policy, directory, preprocessor)
@@ -214,7 +251,7 @@ def _values_on_host(policy: keras.Model) -> Iterator[None]:
 def _save_whole(
     policy: keras.Model,
     directory: pathlib.Path,
-    preprocessor: DPOPreprocessor | None,
+    preprocessor: DPOPreprocessor,
 ) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = directory.with_name(f"{directory.name}.writing")
@@ -222,15 +259,27 @@ def _save_whole(
     policy.save_to_preset(str(beside))
     _mend_tied(policy, beside)
     _mend_llama_tokenizer(policy, beside)
-    tokenizer = preprocessor.tokenizer if preprocessor else None
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        tokenizer.tokenizer.save_pretrained(beside / TOKENIZER_DIRECTORY)
+    _save_text(preprocessor, beside)
     replaced = directory.with_name(f"{directory.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if directory.exists():
         directory.rename(replaced)
     beside.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _save_text(preprocessor: DPOPreprocessor, directory: pathlib.Path) -> None:
+    """Keep how texts and messages became ids."""
+    template = preprocessor.template if preprocessor.has_template() else None
+    tokenizer = preprocessor.tokenizer
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        # With the template in use, for whoever reads these files alone.
+        kept = copy.copy(tokenizer.tokenizer)
+        kept.chat_template = template
+        kept.save_pretrained(directory / TOKENIZER_DIRECTORY)
+    if template is not None:
+        text = json.dumps({"chat_template": template}, indent=1)
+        (directory / CHAT_FORMAT).write_text(text)
 
 
 def _edit_json(path: pathlib.Path, edit: Any) -> None:

@@ -34,6 +34,10 @@ class TextTokenizer:
     chat_template: str | None
     special_texts: dict[str, str]
 
+    def token_ids(self) -> dict[str, int]:
+        """Token -> id of the whole vocabulary."""
+        raise NotImplementedError
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; control tokens are read, none is added."""
         raise NotImplementedError
@@ -89,6 +93,9 @@ class HuggingFaceTokenizer(TextTokenizer):
             if isinstance(value, str)
         }
 
+    def token_ids(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab()
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
@@ -142,8 +149,8 @@ class KerasHubTokenizer(TextTokenizer):
                 "tokenizer.json; keras_dpo.load_policy(directory) uses that"
             )
         self.vocabulary_size = 1 + max(
-            tokenizer.token_to_id(name)
-            for name in tokenizer.get_vocabulary()
+            index
+            for name, index in self.token_ids().items()
             if name not in LLAMA3_DEFAULT_TOKENS
         )
         self.bos_id = getattr(tokenizer, "start_token_id", None)
@@ -173,6 +180,11 @@ class KerasHubTokenizer(TextTokenizer):
             if index in ids or name in special:
                 found[name] = index
         return found
+
+    def token_ids(self) -> dict[str, int]:
+        tokenizer = self.tokenizer
+        names = tokenizer.get_vocabulary()
+        return {name: tokenizer.token_to_id(name) for name in names}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:

@@ -13,7 +13,7 @@ import yaml
 
 from keras_dpo import callbacks as dpo_callbacks
 from keras_dpo.callbacks.generation_samples import sample_answers
-from keras_dpo.checks import steps_done
+from keras_dpo.checks import check_same_ids, describe_text, steps_done
 from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
@@ -34,6 +34,7 @@ from keras_dpo.outline import variables_without_values
 from keras_dpo.preprocessor import DPOPreprocessor
 from keras_dpo.presets import (
     count_layers,
+    load_chat_format,
     load_outline,
     load_policy,
     load_tokenizer,
@@ -43,6 +44,7 @@ from keras_dpo.redaction import without_secrets
 from keras_dpo.report import write_report
 from keras_dpo.schedules import WarmupThenDecay
 from keras_dpo.sharding import parse_mesh
+from keras_dpo.tokenizers import as_text_tokenizer
 
 
 class TrainingRun(NamedTuple):
@@ -63,6 +65,8 @@ def train(config: DPOConfig) -> TrainingRun:
         ValueError: A setting, the data or the model is wrong.
     """
     require(config, "repo_id", "dataset_name")
+    is_default_rate = config.learning_rate is None
+    config = config.resolved()
     directory = pathlib.Path(config.save_directory) / config.model_name
     if directory.is_symlink():
         raise UserError(
@@ -89,6 +93,12 @@ def train(config: DPOConfig) -> TrainingRun:
         loss=config.make_loss(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
+    if is_default_rate:
+        trained = "LoRA adapters" if config.lora_rank else "all weights"
+        say(
+            f"Learning rate: {config.learning_rate:g}, the default for "
+            f"{trained}"
+        )
     prompts = sample_prompts(config, validation or training)
     before = sample_answers(model, prompts, None, config.max_new_tokens)
     loggers = make_callbacks(config, directory, steps)
@@ -137,6 +147,8 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
     preprocessor = make_preprocessor(config, policy)
     model = make_model(config, policy, preprocessor)
     model.compile(loss=config.make_loss())
+    for line in describe_text(preprocessor):
+        say(line)
     dataset = PreferenceDataset(
         config.dataset_name,
         preprocessor,
@@ -160,9 +172,12 @@ def precompute(config: DPOConfig) -> list[pathlib.Path]:
     require(config, "repo_id", "dataset_name")
     config = dataclasses.replace(config, reference="precomputed")
     choose_mesh(config)
+    keras.utils.set_random_seed(config.seed)
     keep_compiled(config.compilation_cache)
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
+    for line in describe_text(preprocessor):
+        say(line)
     datasets = make_datasets(config, preprocessor)
     model = make_model(config, policy, preprocessor)
     model.compile(loss=config.make_loss())
@@ -291,7 +306,7 @@ def make_preprocessor(
     config: DPOConfig, policy: keras.Model
 ) -> DPOPreprocessor:
     """The preprocessor, with the policy's own tokenizer."""
-    preprocessor = DPOPreprocessor.from_policy(
+    return DPOPreprocessor.from_policy(
         policy,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -299,19 +314,22 @@ def make_preprocessor(
         chat_template=config.chat_template,
         on_overflow=config.on_overflow,
     )
-    if preprocessor.tokenizer is not None:
-        say(f"Tokenizer: {preprocessor.tokenizer.name}")
-    return preprocessor
 
 
 def make_preprocessor_alone(config: DPOConfig) -> DPOPreprocessor:
     """The preprocessor, without loading the policy."""
+    tokenizer, template = None, config.chat_template
+    if config.repo_id:
+        tokenizer = as_text_tokenizer(load_tokenizer(config.repo_id))
+        if template == "auto" and tokenizer.chat_template is None:
+            saved = load_chat_format(config.repo_id)
+            template = saved.get("chat_template", template)
     return DPOPreprocessor(
-        load_tokenizer(config.repo_id) if config.repo_id else None,
+        tokenizer,
         config.max_length,
         config.max_prompt_length,
         config.max_completion_length,
-        config.chat_template,
+        template,
         config.on_overflow,
     )
 
@@ -372,6 +390,7 @@ def make_model(
         name = config.reference_model_repo_id
         if num_layers is None:
             reference = load_policy(name, config.dtype)
+            check_same_ids(policy, reference)
         else:
             reference = load_outline(name, num_layers, config.dtype)
     choices: dict[str, Any] = {"auto": "auto", "true": True, "false": False}
@@ -397,10 +416,11 @@ def total_steps(config: DPOConfig, training: PreferenceDataset) -> int:
 
 def make_optimizer(config: DPOConfig, steps: int) -> keras.Optimizer:
     """AdamW with the config's schedule."""
-    schedule: Any = config.learning_rate
+    rate: Any = config.resolved().learning_rate
+    schedule = rate
     if config.learning_rate_schedule != "constant" or config.warmup_ratio:
         schedule = WarmupThenDecay(
-            config.learning_rate,
+            rate,
             steps,
             warmup_steps=math.ceil(config.warmup_ratio * steps),
             decay=config.learning_rate_schedule,
@@ -433,6 +453,7 @@ def make_callbacks(
         dpo_callbacks.NaNGuard(directory),
         dpo_callbacks.StuckLossGuard(),
         dpo_callbacks.FallingRewardGuard(every),
+        dpo_callbacks.CollapseGuard(),
         backup,
     ]
     if config.sync_ref_model:

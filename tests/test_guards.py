@@ -9,6 +9,7 @@ from conftest import random_pairs, tiny_policy
 
 from keras_dpo import DPOModel, PreferenceDataset
 from keras_dpo.callbacks import (
+    CollapseGuard,
     FallingRewardGuard,
     NaNGuard,
     ReferenceSync,
@@ -146,3 +147,75 @@ def test_a_falling_chosen_reward_is_explained(caplog):
     fit(model, random_pairs(16), guard, epochs=20)
     text = caplog.text
     assert text.count("the chosen completions are less likely") == 1
+
+
+@pytest.mark.parametrize("when", ["midway", "at the end"])
+def test_a_policy_that_hardly_moved_is_told(when, caplog):
+    """Rewards that are not 0, and nothing learned: LoRA at 1e-6."""
+    policy = tiny_policy(layers=1)
+    policy.backbone.enable_lora(2)
+    model = DPOModel(policy)
+    model.compile(keras.optimizers.Adam(1e-5))
+    fit(
+        model,
+        random_pairs(8),
+        StuckLossGuard(2 if when == "midway" else 4),
+        epochs=6,
+    )
+    text = caplog.text
+    step = 10 if when == "midway" else 12
+    assert text.count(f"after {step} steps the policy has hardly moved") == 1
+    assert "LoRA adapters 1e-5 to 5e-4" in text
+
+
+def test_a_policy_that_learned_is_not_told(caplog):
+    model = model_of(0.5, tiny_policy(layers=1))
+    fit(model, random_pairs(8), StuckLossGuard(2), epochs=6)
+    assert "Warning" not in caplog.text
+
+
+def knowing_policy():
+    """One that gives the pairs' chosen tokens far more than a guess."""
+    policy = tiny_policy(layers=1)
+    model = DPOModel(policy, reference=None)
+    model.compile(keras.optimizers.Adam(1e-2), loss="sft")
+    model.fit(data(random_pairs(8)), epochs=40, verbose=0)
+    return policy
+
+
+def test_a_collapsed_policy_ends_the_run():
+    """Finite weights that give every token about the same log-prob."""
+    policy = knowing_policy()
+    model = DPOModel(policy)
+    model.compile(keras.optimizers.AdamW(1e6))
+    with pytest.raises(FloatingPointError) as error:
+        fit(model, random_pairs(8), CollapseGuard(1), epochs=4)
+    text = str(error.value)
+    assert "The policy has collapsed: at step 2" in text
+    assert "guessing among 64 tokens has -4.16" in text
+    assert "learning rate 1e+06. Lower it" in text
+
+
+def test_a_policy_that_knows_little_has_not_collapsed():
+    fit(model_of(1e-2), random_pairs(8), CollapseGuard(1), epochs=3)
+
+
+def test_pairs_that_are_ranked_the_wrong_way_round_are_told(caplog, capsys):
+    keras.config.enable_interactive_logging()
+    pairs = random_pairs(16)
+    swapped = [
+        {
+            **pair,
+            "chosen_ids": pair["rejected_ids"],
+            "rejected_ids": pair["chosen_ids"],
+        }
+        for pair in pairs
+    ]
+    for training, is_told in ((swapped, True), (pairs, False)):
+        model = model_of(0.5)
+        model.fit(
+            data(training), epochs=8, validation_data=data(pairs), verbose=2
+        )
+        said = capsys.readouterr().out
+        assert ("clearly fewer than one half" in said) == is_told
+        assert ("Chosen and rejected may be swapped" in said) == is_told

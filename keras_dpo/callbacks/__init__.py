@@ -6,6 +6,7 @@ from keras_dpo.callbacks.nan_guard import NaNGuard
 from keras_dpo.callbacks.policy_checkpoint import PolicyCheckpoint
 from keras_dpo.callbacks.reference_sync import ReferenceSync
 from keras_dpo.callbacks.reward_guards import (
+    CollapseGuard,
     FallingRewardGuard,
     StuckLossGuard,
 )
@@ -15,6 +16,7 @@ from keras_dpo.callbacks.wandb_logger import WandbLogger
 
 __all__ = [
     "AfterStep",
+    "CollapseGuard",
     "FallingRewardGuard",
     "GenerationSamples",
     "MetricsFile",

@@ -1,0 +1,181 @@
+"""A policy keeps the tokenizer and template it was trained with."""
+
+import dataclasses
+
+import keras
+import pytest
+from conftest import random_pairs, tiny_policy
+
+import keras_dpo
+from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor
+from keras_dpo.chat_templates import TEMPLATES
+from keras_dpo.config import LOSS_OPTIONS
+from keras_dpo.errors import UserError
+from keras_dpo.train import make_preprocessor_alone
+
+TURNS = [{"role": "user", "content": "a b"}]
+
+
+def word_tokenizer(words="a b c d e f"):
+    """One id a word; whatever stands between two spaces is a word."""
+    import tokenizers
+    import transformers
+
+    special = ["<pad>", "<end>", "<?>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {w: i for i, w in enumerate([*special, *words.split()])}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocabulary, unk_token="<?>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<?>",
+    )
+
+
+def keras_hub_policy():
+    """With a tokenizer of Keras-Hub's own, which has no template."""
+    import keras_hub
+
+    names = ["<|endoftext|>", "a", "b", "c", "Ġ", "ab", "Ċ", "<", "|", ">"]
+    names += list("defghijklmnopqrstuvwxyz_")
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
+        vocabulary={name: i for i, name in enumerate(names)}, merges=["a b"]
+    )
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=64,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=16,
+        max_sequence_length=64,
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer)
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor)
+
+
+def test_the_tokenizer_of_training_is_saved_without_being_named(tmp_path):
+    """README's own save: `save_policy(policy, directory)`."""
+    policy = tiny_policy(layers=1)
+    given = DPOPreprocessor(word_tokenizer(), chat_template="chatml")
+    DPOModel(policy, preprocessor=given)
+    keras_dpo.save_policy(policy, tmp_path / "tuned")
+    loaded = keras_dpo.load_policy(tmp_path / "tuned")
+    found = DPOPreprocessor.from_policy(loaded)
+    assert found.prompt_ids(TURNS) == given.prompt_ids(TURNS)
+    assert found.template == TEMPLATES["chatml"]
+    # And through a second save of what was only loaded.
+    keras_dpo.save_policy(loaded, tmp_path / "again")
+    again = keras_dpo.load_policy(tmp_path / "again")
+    found = DPOPreprocessor.from_policy(again)
+    assert found.prompt_ids(TURNS) == given.prompt_ids(TURNS)
+    # Whoever reads the tokenizer alone gets the template, too.
+    import transformers
+
+    alone = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "again" / "huggingface_tokenizer"
+    )
+    assert alone.chat_template == TEMPLATES["chatml"]
+    config = DPOConfig(repo_id=str(tmp_path / "again"))
+    without = make_preprocessor_alone(config)
+    assert without.prompt_ids(TURNS) == given.prompt_ids(TURNS)
+
+
+def test_a_template_beside_a_keras_hub_tokenizer_is_saved(tmp_path):
+    policy = keras_hub_policy()
+    assert not DPOPreprocessor.from_policy(policy).has_template()
+    given = DPOPreprocessor.from_policy(policy, chat_template="zephyr")
+    DPOModel(policy, preprocessor=given)
+    keras_dpo.save_policy(policy, tmp_path / "tuned")
+    loaded = keras_dpo.load_policy(tmp_path / "tuned")
+    found = DPOPreprocessor.from_policy(loaded)
+    assert found.prompt_ids(TURNS) == given.prompt_ids(TURNS)
+    config = DPOConfig(repo_id=str(tmp_path / "tuned"))
+    without = make_preprocessor_alone(config)
+    assert without.prompt_ids(TURNS) == given.prompt_ids(TURNS)
+    assert "zephyr" in without.describe_template()
+
+
+def with_tokenizer(tokenizer):
+    policy = tiny_policy(layers=1)
+    policy._huggingface_tokenizer = tokenizer
+    return policy
+
+
+def test_models_of_other_tokens_are_not_compared():
+    policy = with_tokenizer(word_tokenizer())
+    with pytest.raises(UserError, match="'c' to the policy and 'x' to the ref"):
+        DPOModel(policy, with_tokenizer(word_tokenizer("a b x d e f")))
+    # More tokens at the end are no other tokens.
+    longer = with_tokenizer(word_tokenizer("a b c d e f g"))
+    DPOModel(policy, longer, preprocessor=None)
+
+
+def test_models_that_split_text_otherwise_are_not_compared():
+    import tokenizers
+
+    policy, other = word_tokenizer(), word_tokenizer()
+    other.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        " ", "isolated"
+    )
+    with pytest.raises(UserError, match="must make the same ids of a text"):
+        DPOModel(with_tokenizer(policy), with_tokenizer(other))
+
+
+def test_a_run_names_its_tokenizer_and_template(capsys):
+    keras.config.enable_interactive_logging()
+    policy = tiny_policy(layers=1)
+    given = DPOPreprocessor(word_tokenizer(), chat_template="chatml")
+    model = DPOModel(policy, preprocessor=given)
+    model.compile("sgd")
+    model.fit(random_pairs(4), batch_size=4, verbose=1)
+    said = capsys.readouterr().out
+    assert "Tokenizer: the model's own tokenizer.json" in said
+    assert "Chat template: chatml" in said
+
+
+# --- Settings that are not set -----------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(keras_dpo.losses.LOSSES))
+def test_a_saved_config_says_what_a_loss_uses(name):
+    config = DPOConfig(loss_type=name)
+    resolved = config.resolved()
+    used = config.make_loss().get_config()
+    used = {k: v for k, v in used.items() if k in LOSS_OPTIONS}
+    for option, value in used.items():
+        assert getattr(resolved, option) == value, option
+    again = DPOConfig(**dataclasses.asdict(resolved))
+    assert again.make_loss().get_config().items() >= used.items()
+    assert again.resolved() == resolved
+
+
+def test_a_value_that_equals_a_default_elsewhere_is_set():
+    """simpo's own beta is 2, most others' is 0.1."""
+    assert DPOConfig(loss_type="simpo").make_loss().beta == 2.0
+    config = DPOConfig(loss_type="simpo", beta=0.1)
+    assert config.make_loss().beta == 0.1
+    assert config.resolved().beta == 0.1
+    with pytest.raises(UserError, match="does not read label_smoothing"):
+        DPOConfig(loss_type="hinge", label_smoothing=0.0)
+    exo = DPOConfig(loss_type="exo_pair").resolved()
+    assert exo.label_smoothing == 1e-3
+
+
+def test_losses_with_defaults_of_their_own_keep_them_in_a_mixture():
+    config = DPOConfig(loss_type="sigmoid,simpo", loss_weights="1,1")
+    assert [x.beta for x in config.make_loss().losses] == [0.1, 2.0]
+    assert config.resolved().beta is None
+    assert config.resolved().gamma == 0.5
+    again = config.resolved().make_loss()
+    assert [x.beta for x in again.losses] == [0.1, 2.0]
+
+
+def test_the_default_learning_rate_is_for_what_is_trained():
+    assert DPOConfig().resolved().learning_rate == 1e-6
+    assert DPOConfig(lora_rank=8).resolved().learning_rate == 1e-4
+    set_by_hand = DPOConfig(lora_rank=8, learning_rate=1e-6)
+    assert set_by_hand.resolved().learning_rate == 1e-6
