@@ -233,8 +233,8 @@ class DPOModel(PreferenceSteps):
             gradient_accumulation_steps: Micro-batches that one step goes
                 through, one after the other; memory follows the micro-batch.
                 One step is one update of weights, schedule and averages.
-            **kwargs: `run_eagerly`, `jit_compile`, `steps_per_execution`,
-                `auto_scale_loss` of `keras.Model.compile`.
+            **kwargs: `run_eagerly`, `jit_compile`, `auto_scale_loss` of
+                `keras.Model.compile`.
 
         Raises:
             ValueError: A trainable variable has 16 bits, an option does
@@ -247,6 +247,13 @@ class DPOModel(PreferenceSteps):
                     f"{name}={kwargs[name]!r}. Pass loss={{loss: weight}} to "
                     "mix losses, and the names of metrics as `metrics`."
                 )
+        if kwargs.get("steps_per_execution") not in (None, 1):
+            raise UserError(
+                "`steps_per_execution` must be 1: backups, logs and syncs act "
+                "between steps. Received: "
+                f"{kwargs['steps_per_execution']!r}. Leave it out; steps do "
+                "not wait for the host as it is."
+            )
         if gradient_accumulation_steps < 1:
             raise UserError(
                 "`gradient_accumulation_steps` must be at least 1. Received: "
@@ -264,7 +271,6 @@ class DPOModel(PreferenceSteps):
             "metrics": self._optional_metrics,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "run_eagerly": self.run_eagerly,
-            "steps_per_execution": self.steps_per_execution,
             "jit_compile": self.jit_compile,
         }
 

@@ -537,6 +537,9 @@ def test_option_without_effect_in_compile():
         model.compile(metrics=["accuracy"])
     with pytest.raises(ValueError, match="at least 1"):
         model.compile(gradient_accumulation_steps=0)
+    for steps in (2, "auto"):
+        with pytest.raises(ValueError, match="steps_per_execution` must be 1"):
+            model.compile(steps_per_execution=steps)
 
 
 def test_batch_that_does_not_divide():
