@@ -27,7 +27,7 @@ CACHE = pathlib.Path(
 ).expanduser()
 VOCABULARY = 64
 # Scripts that are run by hand, some in TRL's own environment.
-collect_ignore = ["trl", "benchmarks"]
+collect_ignore = ["trl", "benchmarks", "mutation"]
 
 # Compiled steps are kept, so that a second run of the tests is quick.
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
