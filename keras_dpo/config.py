@@ -249,6 +249,10 @@ class DPOConfig:
             "max_steps",
             "save_steps",
             "num_backups",
+            "max_completion_length",
+            "max_new_tokens",
+            "evaluation_batch_size",
+            "clip_norm",
         )
         for name in positive:
             value = getattr(self, name)
@@ -256,6 +260,21 @@ class DPOConfig:
                 raise UserError(
                     f"`{name}` must be above 0. Received: {value!r}."
                 )
+        for name in (
+            "lora_rank",
+            "weight_decay",
+            "num_sample_prompts",
+            "seed",
+        ):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"`{name}` must not be below 0. Received: "
+                    f"{getattr(self, name)!r}."
+                )
+        if self.seed >= 2**32:
+            raise UserError(
+                f"`seed` must be below 2**32. Received: {self.seed!r}."
+            )
         if self.total_batch_size % self.gradient_accumulation_steps:
             raise UserError(
                 "`total_batch_size` must divide into "

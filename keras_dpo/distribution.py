@@ -88,7 +88,14 @@ def _meet(method: str) -> None:
             if "coordinator_address should be defined" not in str(error):
                 raise
     else:
-        jax.distributed.initialize(cluster_detection_method=method)
+        try:
+            jax.distributed.initialize(cluster_detection_method=method)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"Processes cannot meet by {method!r}: JAX does not find what "
+                f"that engine sets ({error}). Start them with it, or choose "
+                "another `distributed`."
+            ) from error
 
 
 def is_main_process() -> bool:

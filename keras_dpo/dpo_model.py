@@ -1,6 +1,7 @@
 """`DPOModel`: fit, evaluate and predict around one pure loss function."""
 
 import contextlib
+import copy
 import pathlib
 from collections.abc import Collection
 from contextlib import AbstractContextManager
@@ -626,7 +627,8 @@ class DPOModel(PreferenceSteps):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "DPOModel":
-        config = dict(config)
+        # Keras takes the policy's config apart as it reads it.
+        config = copy.deepcopy(config)
         policy = keras.saving.deserialize_keras_object(config.pop("policy"))
         lora.restore_trained_parts(policy, config.pop("trained_parts"))
         reference_model = config.pop("reference_model", None)
