@@ -110,9 +110,7 @@ def _acquire(
     return True
 
 
-def _wait(
-    lock: filelock.BaseFileLock, path: pathlib.Path, what: str
-) -> None:
+def _wait(lock: filelock.BaseFileLock, path: pathlib.Path, what: str) -> None:
     try:
         lock.acquire()
     except RuntimeError as error:

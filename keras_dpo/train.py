@@ -13,7 +13,7 @@ import yaml
 
 from keras_dpo import callbacks as dpo_callbacks
 from keras_dpo.callbacks.generation_samples import sample_answers
-from keras_dpo.checks import steps_done
+from keras_dpo.callbacks.stop_after import StopAfter
 from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
@@ -470,24 +470,6 @@ def wandb_run_id(directory: pathlib.Path, goes_on: bool) -> str:
     if is_main_process():
         write_beside(path, name.encode())
     return name
-
-
-class StopAfter(keras.callbacks.Callback):
-    """Ends training after a number of optimizer steps."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.steps = steps
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self._begun = steps_done(self.model.optimizer)
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self._begun += 1
-        if self._begun >= self.steps:
-            # Keras looks after the step. Not `self.model`, which would copy
-            # the whole state.
-            self._model.stop_training = True
 
 
 def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:
