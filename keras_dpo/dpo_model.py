@@ -480,6 +480,7 @@ class DPOModel(PreferenceSteps):
         epochs: int = 1,
     ) -> PreferenceDataset:
         """The dataset as this model runs it, checked against all it needs."""
+        dataset = dataset.view()
         self._ensure_reference()
         dataset.check_fits(self, micro_batches)
         if self.precompute_reference and not dataset.has_reference:

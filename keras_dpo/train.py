@@ -28,6 +28,7 @@ from keras_dpo.distribution import (
 from keras_dpo.dpo_model import DPOModel
 from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
+from keras_dpo.locks import locked
 from keras_dpo.memory import MemoryReport, extrapolate
 from keras_dpo.messages import say
 from keras_dpo.outline import variables_without_values
@@ -71,6 +72,12 @@ def train(config: DPOConfig) -> TrainingRun:
         )
     # First: processes must meet before JAX begins.
     choose_mesh(config)
+    with locked(directory, "Training"):
+        return _train(config, directory)
+
+
+def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
+    """Train in a directory that no other run writes to."""
     directory.mkdir(parents=True, exist_ok=True)
     if is_main_process():
         write_config(config, directory / "config.yaml")

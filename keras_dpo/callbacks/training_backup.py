@@ -451,6 +451,11 @@ class TrainingBackup(AfterStep):
                 name: jax.numpy.copy(variable.value)
                 for name, variable in _named(model)
             }
+        # A step's loss is of the weights before it.
+        weights = [a for name, a in arrays.items() if "trainable" in name]
+        if not _all_finite(weights):
+            say(f"No backup of step {step}: weights are not finite numbers.")
+            return
         with _said_clearly(step, self.directory):
             self._manager.save(
                 step,
@@ -493,6 +498,12 @@ class TrainingBackup(AfterStep):
         """Wait until what was begun is written."""
         with _said_clearly(self._saved, self.directory):
             self._manager.wait_until_finished()
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    flags = [jax.numpy.isfinite(array).all() for array in arrays]
+    return jax.numpy.stack(flags).all()
 
 
 @contextlib.contextmanager

@@ -300,6 +300,13 @@ class PreferenceDataset(keras.utils.PyDataset):
             batch["reference_log_probs"] = log_probs
         return batch
 
+    def view(self) -> "PreferenceDataset":
+        """The same pairs with a place of their own in them, at the start."""
+        dataset = copy.copy(self)
+        dataset.epoch = dataset.first_batch = 0
+        dataset._cached_order = None
+        return dataset
+
     def packed(self, packing: Packing, epochs: int = 1) -> "PreferenceDataset":
         """The same pairs in rows; the dataset itself stays as it is.
 
