@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import keras
 
+from keras_dpo.compat.patching import current, patched
+
 # XLA's CPU backend (JAX 0.10) gives most products to YNNPACK and those of a
 # kernel's gradient to Eigen, and runs both at once on threads of their own: a
 # quarter slower than Eigen alone on two cores (docs/benchmarks.md). bfloat16
@@ -42,12 +44,9 @@ def compiler_options(dtype: str) -> dict[str, Any]:
 def steps_with_options(options: dict[str, Any]) -> Iterator[None]:
     """Keras' JAX trainer makes its steps with these `compiler_options`."""
     trainer = keras.src.backend.jax.trainer
-    original = trainer.jit
-    trainer.jit = functools.partial(original, compiler_options=options)
-    try:
+    jit = functools.partial(current(trainer, "jit"), compiler_options=options)
+    with patched(trainer, "jit", jit):
         yield
-    finally:
-        trainer.jit = original
 
 
 def cache_directory() -> pathlib.Path:

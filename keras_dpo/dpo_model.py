@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_dpo import lora, losses
+from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.callbacks.training_backup import Restored, TrainingBackup
 from keras_dpo.checks import (
     FirstBatchCheck,
@@ -415,25 +416,23 @@ class DPOModel(PreferenceSteps):
             (x for x in theirs if isinstance(x, TrainingBackup)), None
         )
         others = [x for x in theirs if x is not backup]
-        restored = backup and backup.begin(self, train, epochs, others)
-        position = _Position(train, restored, others)
-        if restored:
-            initial_epoch = restored.place.epoch
-            if restored.finished:
-                say("That run came to its end: there is nothing left to do.")
-                self.history = keras.callbacks.History()
-                position.restore(self)
-                return self.history
-        elif not self.has_trained:
-            FirstBatchCheck(self).run(train.make_batch(train.batch_indices(0)))
-        stop = StopBetweenSteps(backup)
-        # A backup is written when the others have done their part of a step;
-        # Keras would put its history behind it.
-        last: list[Any] = [stop] if backup is None else [backup, stop]
-        if not any(isinstance(x, keras.callbacks.History) for x in others):
-            last.insert(0, keras.callbacks.History())
-        self._fitting = True
         try:
+            restored = backup and backup.begin(self, train, epochs, others)
+            stop = StopBetweenSteps(backup)
+            # A backup is written when the others have done their part of a
+            # step; Keras would put its history behind it.
+            last: list[Any] = [stop] if backup is None else [backup, stop]
+            if not any(isinstance(x, keras.callbacks.History) for x in others):
+                last.insert(0, keras.callbacks.History())
+            position = _Position(train, restored, others, last)
+            if restored and restored.finished:
+                return position.restore_finished(self)
+            if restored:
+                initial_epoch = restored.place.epoch
+            elif not self.has_trained:
+                batch = train.make_batch(train.batch_indices(0))
+                FirstBatchCheck(self).run(batch)
+            self._fitting = True
             with resumable_epochs(), stop:
                 history = super().fit(
                     train,
@@ -452,7 +451,7 @@ class DPOModel(PreferenceSteps):
             self._fitting = False
             self._forget_initial_weights()
             if backup is not None:
-                backup.close()
+                backup.end()
 
     def evaluate(
         self,
@@ -691,7 +690,14 @@ class DPOModel(PreferenceSteps):
 class _Position(keras.callbacks.Callback):
     """Puts the dataset, and what a backup held, in their places.
 
-    Keras' own signal of an epoch's end miscounts.
+    Keras' own signal of an epoch's end miscounts. It is the first callback:
+    what it does comes before what the others do.
+
+    Args:
+        dataset: The training pairs.
+        restored: What a backup held, if there was one.
+        callbacks: Those that the user gave, which a backup restores.
+        last: Those that come after them.
     """
 
     async_safe = True
@@ -701,35 +707,69 @@ class _Position(keras.callbacks.Callback):
         dataset: PreferenceDataset,
         restored: Restored | None,
         callbacks: list[Any],
+        last: list[Any],
     ) -> None:
         super().__init__()
         self.dataset = dataset
-        self.restored = restored
+        self.restored: Any = restored
         self.callbacks = callbacks
+        self.after_steps = [
+            x for x in (*callbacks, *last) if isinstance(x, AfterStep)
+        ]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.dataset.epoch = epoch
         self.dataset.first_batch = 0
-        if self.restored and self.restored.place.epoch == epoch:
+        if self.restored is not None:
             self.dataset.first_batch = self.restored.place.batch
+            if not self.restored.place.batch:
+                # The others begin this epoch from what they had counted.
+                self._restore()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Before the first batch: all callbacks have begun the epoch."""
-        self.restore(self._model)
+        """Inside an epoch: the others had begun it before the backup."""
+        if self.restored is not None:
+            self._restore()
 
-    def restore(self, model: Any) -> None:
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._finish_step()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Before another callback swaps the weights for their average."""
+        for callback in self.after_steps:
+            callback.finish()
+
+    def _restore(self) -> None:
         """Give metrics and callbacks back what they had counted, once."""
         restored, self.restored = self.restored, None
-        if restored is None:
-            return
-        if restored.place.batch or restored.finished:
-            for variable, value in zip(
-                model.metrics_variables, restored.metrics, strict=True
-            ):
-                variable.assign(value)
-        # A run that ended has called its callbacks for the last time.
-        callbacks = [] if restored.finished else self.callbacks
-        restore_callbacks([*callbacks, model.history], restored.callbacks)
+        model: Any = self._model
+        if restored.place.batch:
+            _assign(model.metrics_variables, restored.metrics)
+        for variable, value in restored.scalars:
+            variable.assign(value)
+        callbacks = [*self.callbacks, model.history]
+        restore_callbacks(callbacks, restored.callbacks)
+
+    def restore_finished(self, model: Any) -> keras.callbacks.History:
+        """What `fit` returned at the run's end, and the policy it left."""
+        say("That run came to its end: there is nothing left to do.")
+        restored = self.restored
+        _assign(model.metrics_variables, restored.metrics)
+        model.history = keras.callbacks.History()
+        # The others have been called for the last time.
+        restore_callbacks([model.history], restored.callbacks)
+        if restored.averages:
+            # With `use_ema`, as Keras does at the end of `fit`.
+            model.optimizer.finalize_variable_values(model.trainable_variables)
+        return model.history
+
+
+def _assign(variables: list[keras.Variable], values: list[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _as_list(callbacks: Any) -> list[keras.callbacks.Callback]:

@@ -1,17 +1,28 @@
 """Files that are whole or not there."""
 
+import contextlib
 import os
 import pathlib
-
-import jax
+import secrets
+import socket
 
 
 def write_beside(path: pathlib.Path, content: bytes) -> None:
-    """Write a file beside its place, and rename it there."""
-    # Processes of one host may write the same.
-    beside = path.with_name(f"{path.name}.writing-{jax.process_index()}")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Write a file beside its place, and rename it there.
+
+    Hosts, processes and threads that write the same file at once do not
+    disturb each other: the last rename wins.
+    """
+    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    beside = path.with_name(f"{path.name}.writing-{writer}")
+    try:
+        # "x": never into a file that somebody else writes.
+        with open(beside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_dpo.compat.patching import patched
+
 
 @contextlib.contextmanager
 def variables_without_values() -> Iterator[None]:
@@ -17,7 +19,6 @@ def variables_without_values() -> Iterator[None]:
     these is a `jax.ShapeDtypeStruct`; zeros while a function is traced.
     """
     variable_class: Any = keras.src.backend.jax.core.JaxVariable
-    original = variable_class._initialize_with_initializer
 
     def without_value(self: Any, initializer: Any) -> None:
         del initializer
@@ -36,8 +37,5 @@ def variables_without_values() -> Iterator[None]:
         self._value = None
         self._initializer = placeholder
 
-    variable_class._initialize_with_initializer = without_value
-    try:
+    with patched(variable_class, "_initialize_with_initializer", without_value):
         yield
-    finally:
-        variable_class._initialize_with_initializer = original

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import keras
 from keras.src.models import functional
 
+from keras_dpo.compat.patching import current, patched
 from keras_dpo.data.packing import BLOCK
 from keras_dpo.distribution import (
     data_parallel_size,
@@ -116,8 +117,8 @@ def run_backbone(
     with (
         vllm_context_scope(paged_attention, positions),
         _families_without_a_way_in(backbone, positions),
-        _replaced(ops, "matmul", flat_matmul(ops.matmul)),
-        _replaced(ops, "einsum", flat_einsum(ops.einsum)),
+        patched(ops, "matmul", flat_matmul(current(ops, "matmul"))),
+        patched(ops, "einsum", flat_einsum(current(ops, "einsum"))),
     ):
         return run_layers(backbone, inputs, False, remat)[:, 0]
 
@@ -364,17 +365,7 @@ def _families_without_a_way_in(
     else:
         owner, name = smollm3_layers.SmolLM3RotaryEmbedding, "call"
     with (
-        _replaced(attention_class, "_compute_attention", compute_attention),
-        _replaced(owner, name, at_positions(getattr(owner, name))),
+        patched(attention_class, "_compute_attention", compute_attention),
+        patched(owner, name, at_positions(current(owner, name))),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

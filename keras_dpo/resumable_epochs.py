@@ -10,12 +10,14 @@ from typing import Any
 
 import keras
 
+from keras_dpo.compat.patching import current, patched
+
 
 @contextlib.contextmanager
 def resumable_epochs() -> Iterator[None]:
     """Keras counts a `PreferenceDataset`'s batches at every epoch's start."""
     trainer: Any = keras.src.backend.jax.trainer
-    original: Any = trainer.JAXEpochIterator
+    original: Any = current(trainer, "JAXEpochIterator")
 
     class ResumableEpochIterator(original):
         def _enumerate_iterator(self) -> Iterator[Any]:
@@ -25,8 +27,5 @@ def resumable_epochs() -> Iterator[None]:
             for begin, end, batches in super()._enumerate_iterator():
                 yield first + begin, first + end, batches
 
-    trainer.JAXEpochIterator = ResumableEpochIterator
-    try:
+    with patched(trainer, "JAXEpochIterator", ResumableEpochIterator):
         yield
-    finally:
-        trainer.JAXEpochIterator = original

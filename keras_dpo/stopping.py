@@ -34,6 +34,7 @@ class StopBetweenSteps(AfterStep):
         self._signal: int | None = None
         self._interrupted: int | None = None
         self._before: dict[int, Any] = {}
+        self._batches = 0
 
     @property
     def _several(self) -> bool:
@@ -73,8 +74,12 @@ class StopBetweenSteps(AfterStep):
         os.write(2, text.encode())
 
     def after_step(self, step: int) -> None:
+        """Nothing more: it need not wait for the end of an accumulation."""
+
+    def after_batch(self) -> None:
+        self._batches += 1
         if self._several and multihost_utils.reached_preemption_sync_point(
-            step
+            self._batches
         ):
             self._signal = signal.SIGTERM
         if self.backup is None or self.backup.can_save:

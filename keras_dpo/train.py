@@ -13,7 +13,8 @@ import yaml
 
 from keras_dpo import callbacks as dpo_callbacks
 from keras_dpo.callbacks.generation_samples import sample_answers
-from keras_dpo.checks import check_same_ids, describe_text, steps_done
+from keras_dpo.callbacks.stop_after import StopAfter
+from keras_dpo.checks import check_same_ids, describe_text
 from keras_dpo.compilation import keep_compiled
 from keras_dpo.config import DPOConfig
 from keras_dpo.data.dataset import PreferenceDataset
@@ -28,6 +29,7 @@ from keras_dpo.distribution import (
 from keras_dpo.dpo_model import DPOModel
 from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
+from keras_dpo.locks import locked
 from keras_dpo.memory import MemoryReport, extrapolate
 from keras_dpo.messages import say
 from keras_dpo.outline import variables_without_values
@@ -65,8 +67,6 @@ def train(config: DPOConfig) -> TrainingRun:
         ValueError: A setting, the data or the model is wrong.
     """
     require(config, "repo_id", "dataset_name")
-    is_default_rate = config.learning_rate is None
-    config = config.resolved()
     directory = pathlib.Path(config.save_directory) / config.model_name
     if directory.is_symlink():
         raise UserError(
@@ -75,6 +75,13 @@ def train(config: DPOConfig) -> TrainingRun:
         )
     # First: processes must meet before JAX begins.
     choose_mesh(config)
+    with locked(directory, "Training"):
+        return _train(config, directory)
+
+
+def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
+    """Train in a directory that no other run writes to."""
+    unset, config = config, config.resolved()
     directory.mkdir(parents=True, exist_ok=True)
     if is_main_process():
         write_config(config, directory / "config.yaml")
@@ -93,7 +100,7 @@ def train(config: DPOConfig) -> TrainingRun:
         loss=config.make_loss(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-    if is_default_rate:
+    if unset.learning_rate is None:
         trained = "LoRA adapters" if config.lora_rank else "all weights"
         say(
             f"Learning rate: {config.learning_rate:g}, the default for "
@@ -491,24 +498,6 @@ def wandb_run_id(directory: pathlib.Path, goes_on: bool) -> str:
     if is_main_process():
         write_beside(path, name.encode())
     return name
-
-
-class StopAfter(keras.callbacks.Callback):
-    """Ends training after a number of optimizer steps."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.steps = steps
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self._begun = steps_done(self.model.optimizer)
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self._begun += 1
-        if self._begun >= self.steps:
-            # Keras looks after the step. Not `self.model`, which would copy
-            # the whole state.
-            self._model.stop_training = True
 
 
 def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:

@@ -5,6 +5,7 @@ what callbacks counted; and what must be the same for it to mean anything.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,13 +18,25 @@ from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.reference_store import hash_weights
 
 # Raised when states of an earlier version must not be read.
-FORMAT = 2
+FORMAT = 3
 # What Keras' own callbacks count, beyond their settings.
 KERAS_CALLBACKS = {
     "EarlyStopping": ("wait", "best", "best_epoch", "stopped_epoch"),
     "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
     "ModelCheckpoint": ("best",),
     "History": ("history", "epoch"),
+}
+# What to do where some settings are others, by the beginning of their path.
+REMEDIES = {
+    r"date ": (
+        "The chat template writes the date: give the run's own, "
+        "DPOPreprocessor(date=...) or --template_date."
+    ),
+    r"optimizer\.(.+\.)?learning_rate\.(decay_|warmup_)?steps ": (
+        "The schedule was made for the steps that the run began with: keep "
+        "their number (--max_steps, --num_train_epochs), or begin a new run "
+        "from the policy that this one saved."
+    ),
 }
 
 
@@ -70,10 +83,10 @@ def settings(
 ) -> dict[str, Any]:
     """What must be the same when a run goes on, by name."""
     syncs = [c for c in callbacks if isinstance(c, ReferenceSync)]
-    optimizer = keras.saving.serialize_keras_object(model.optimizer)
-    loss = keras.saving.serialize_keras_object(model.preference_loss)
+    date = getattr(dataset.preprocessor, "written_date", None)
     return {
         "format": FORMAT,
+        "date": None if date is None else str(date),
         "pairs": dataset.pairs.hash_token_ids(),
         "weights and margins": dataset.pairs.hash_extras(),
         "batch_size": dataset.batch_size,
@@ -84,9 +97,8 @@ def settings(
             dataset.packing is not None,
             list(map(list, dataset.shapes)),
         ],
-        "optimizer": _plain(optimizer["config"])
-        | {"name": optimizer["class_name"]},
-        "loss": _plain(loss["config"]) | {"name": loss["class_name"]},
+        "optimizer": _settings_of(model.optimizer),
+        "loss": _settings_of(model.preference_loss),
         "reference": model.reference_choice,
         "sync": [[sync.every, sync.alpha] for sync in syncs],
         "disable_dropout": model.disable_dropout,
@@ -103,22 +115,30 @@ def variable_shapes(model: Any) -> dict[str, Any]:
     }
 
 
-def differences(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One phrase for each thing that is not the same."""
+def differences(
+    found: dict[str, Any], now: dict[str, Any], inside: str = ""
+) -> list[str]:
+    """One phrase for each thing that is not the same, named by its path."""
     phrases = []
     for name in {**found, **now}:
         a, b = found.get(name), now.get(name)
         if a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            for key in {**a, **b}:
-                if a.get(key) != b.get(key):
-                    phrases.append(
-                        _difference(f"{name}.{key}", a.get(key), b.get(key))
-                    )
+            phrases += differences(a, b, f"{inside}{name}.")
         else:
-            phrases.append(_difference(name, a, b))
+            phrases.append(_difference(inside + name, a, b))
     return phrases
+
+
+def remedies(phrases: Iterable[str]) -> str:
+    """What to do about some of the differences, as sentences."""
+    phrases = list(phrases)
+    return "".join(
+        f"{remedy} "
+        for path, remedy in REMEDIES.items()
+        if any(re.match(path, phrase) for phrase in phrases)
+    )
 
 
 def hash_fixed(model: Any) -> str:
@@ -166,6 +186,31 @@ def _difference(name: str, before: Any, now: Any) -> str:
     if max(map(len, texts)) > 60:
         return f"{name} differs"
     return f"{name} was {texts[0]} and is {texts[1]}"
+
+
+def _settings_of(item: Any) -> dict[str, Any]:
+    """A serializable object's configuration, without names.
+
+    Keras numbers them within a process: they are no settings.
+    """
+    return _plain(_without_names(keras.saving.serialize_keras_object(item)))
+
+
+def _without_names(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_names(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "class_name" not in value or not isinstance(value.get("config"), dict):
+        return {key: _without_names(item) for key, item in value.items()}
+    name = value["class_name"]
+    config = {
+        key: _without_names(item)
+        for key, item in value["config"].items()
+        # A number type is its name.
+        if key != "name" or name.endswith("DTypePolicy")
+    }
+    return {"class": name, **config}
 
 
 def _plain(value: Any) -> Any:

@@ -66,12 +66,12 @@ def test_the_first_bad_batch_is_named_in_whatever_order_they_come(tmp_path):
     guard._first_batch = 0
     guard._finite.add(0)
     guard._not_finite.add(3)
-    guard.after_step(4)
+    guard.after_batch()
     guard._not_finite.add(2)
-    guard.after_step(4)
+    guard.after_batch()
     guard._not_finite.add(1)
     with pytest.raises(FloatingPointError, match="epoch 1, batch 2"):
-        guard.after_step(4)
+        guard.after_batch()
 
 
 def test_an_extreme_value_of_the_data_is_named(tmp_path):
@@ -101,15 +101,29 @@ def test_nan_in_frozen_weights_is_named(tmp_path):
 
 
 def test_a_backup_never_holds_nan(tmp_path, caplog):
-    with pytest.raises(FloatingPointError):
-        fit(
-            model_of(np.inf),
-            random_pairs(16),
-            NaNGuard(tmp_path),
-            callbacks=[TrainingBackup(tmp_path / "b", every=1)],
+    """Sound for an epoch of 4 steps; the fifth makes every weight infinite.
+
+    Its own loss is still finite.
+    """
+
+    def train(rate):
+        schedule = keras.callbacks.LearningRateScheduler(
+            lambda epoch, _: rate if epoch else 1e-2
         )
-    steps = [int(p.name) for p in (tmp_path / "b").glob("[0-9]")]
-    assert max(steps, default=0) <= 1
+        model = model_of()
+        backup = TrainingBackup(tmp_path / "b", every=1)
+        guard = NaNGuard(tmp_path)
+        pairs = random_pairs(16)
+        fit(model, pairs, guard, epochs=2, callbacks=[schedule, backup])
+        return model
+
+    with pytest.raises(FloatingPointError, match="epoch 2, batch 2"):
+        train(np.inf)
+    steps = sorted(int(p.name) for p in (tmp_path / "b").glob("[0-9]*"))
+    assert steps == [3, 4]
+    assert "No backup of step 5: weights are not finite" in caplog.text
+    for value in train(1e-2).policy.get_weights():
+        assert np.isfinite(value).all()
 
 
 def test_a_sound_run_is_left_alone(tmp_path, caplog):

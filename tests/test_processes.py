@@ -369,7 +369,7 @@ def test_a_time_becomes_steps(monkeypatch, tmp_path):
         training_backup.time, "monotonic", lambda: next(seconds)
     )
     backup = training_backup.TrainingBackup(tmp_path, every="2 minutes")
-    backup._begun_at, backup.steps_per_update = None, 1
+    backup._begun_at = None
     for step in range(1, 13):
         backup.step = step
         if backup.every_steps is None:

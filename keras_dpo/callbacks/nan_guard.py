@@ -64,6 +64,9 @@ class NaNGuard(AfterStep):
         super().on_train_batch_end(batch, logs)
 
     def after_step(self, step: int) -> None:
+        """Nothing more: it need not wait for the end of an accumulation."""
+
+    def after_batch(self) -> None:
         if self._not_finite:
             batch = min(tuple(self._not_finite))
             if self._finite.issuperset(range(self._first_batch or 0, batch)):
@@ -80,7 +83,8 @@ class NaNGuard(AfterStep):
         text = f"The loss is not a finite number at {where}."
         if self._dataset is not None:
             dataset = self._dataset
-            number = self._epoch * dataset.batches_per_epoch + batch + 1
+            batches = self._epoch * dataset.batches_per_epoch + batch
+            number = batches // self._counter.batches_per_update + 1
             indices = dataset.batch_indices(batch)
             rows = [int(dataset.report.rows[i]) for i in indices]
             cause = _extreme_value(dataset, indices) or cause

@@ -49,7 +49,7 @@ class ReferenceSync(AfterStep):
         self.model._ensure_reference().variable_pairs()
 
     def after_step(self, step: int) -> None:
-        if step % (self.every * self.steps_per_update) == 0:
+        if step % self.every == 0:
             # Reading `self.model` brings the variables up to date.
             self.sync(self.model)
 

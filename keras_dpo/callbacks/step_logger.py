@@ -40,10 +40,10 @@ class StepLogger(AfterStep):
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
         self._epoch = 0
+        self._totals: dict[str, tuple[float, float]] = {}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
-        self._totals: dict[str, tuple[float, float]] = {}
         self._logged_step, self._time = self.step, time.perf_counter()
 
     def after_step(self, step: int) -> None:
@@ -87,8 +87,21 @@ class StepLogger(AfterStep):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)
         self._log_rest()
+        self._totals = self._totals_before_the_epoch()
         values = {name: float(value) for name, value in (logs or {}).items()}
         self.write({"step": self.step, "end_of_epoch": epoch, **values})
+
+    def _totals_before_the_epoch(self) -> dict[str, tuple[float, float]]:
+        """What the next record takes off the next epoch's totals.
+
+        Zero, or below it what belongs to an optimizer step that the next
+        epoch ends.
+        """
+        totals = {}
+        for name, (total, count) in self._model.metric_totals().items():
+            before = self._totals.get(name, (0.0, 0.0))
+            totals[name] = before[0] - total, before[1] - count
+        return totals
 
     def _log_rest(self) -> None:
         """Log the last steps of an epoch, before validation resets them."""
@@ -110,13 +123,27 @@ class MetricsFile(StepLogger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from it; records of steps that come again are dropped."""
+        """Go on from it; records of what comes again are dropped."""
         super().set_state(state)
         if not self.path.exists() or not is_main_process():
             return
-        lines = self.path.read_text().splitlines(keepends=True)
+        # Another run's file may be shorter, and tells by its steps alone.
+        lines = self._read_lines()[: state["lines"]]
         kept = [x for x in lines if _step_of(x) <= self.step]
         write_beside(self.path, "".join(kept).encode())
+        self._num_lines = len(kept)
+
+    def get_state(self) -> dict[str, Any]:
+        return {**super().get_state(), "lines": self._num_lines}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        self._num_lines = len(self._read_lines())
+
+    def _read_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        return self.path.read_text().splitlines(keepends=True)
 
     def write(self, record: dict[str, Any]) -> None:
         if not is_main_process():
@@ -128,6 +155,7 @@ class MetricsFile(StepLogger):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
+        self._num_lines += 1
 
 
 def _step_of(line: str) -> float:

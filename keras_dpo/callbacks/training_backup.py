@@ -11,15 +11,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
 from keras_dpo import training_state
-from keras_dpo.callbacks.after_step import AfterStep
+from keras_dpo.callbacks.after_step import AfterStep, UpdateCounter
+from keras_dpo.callbacks.stop_after import StopAfter
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution import is_main_process, wait_for_processes
 from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
+from keras_dpo.locks import LOCK_FILE, locked
 from keras_dpo.messages import say
 from keras_dpo.training_state import Place
 
@@ -34,8 +37,12 @@ class Restored(NamedTuple):
 
     place: Place
     metrics: list[jax.Array]
+    # Such as the learning rate, which callbacks change.
+    scalars: list[tuple[keras.Variable, jax.Array]]
     callbacks: list[list[Any]]
     finished: bool
+    # Whether the policy of a finished run is the optimizer's average.
+    averages: bool = True
 
 
 class TrainingBackup(AfterStep):
@@ -46,11 +53,14 @@ class TrainingBackup(AfterStep):
     Written by Orbax in the background, beside its place, and committed by a
     rename: a run that is killed, also while writing, goes on from the newest
     whole one with the same bits. SIGTERM writes one more and ends with exit
-    status 75; Ctrl-C writes one more, too.
+    status 75; Ctrl-C writes one more, too. Weights are those that training
+    goes on with, not the average that Keras puts in their place at the end
+    under `use_ema`; that is done again where a finished run is opened.
 
     Args:
-        directory: Where backups lie, one directory `N` for optimizer step N;
-            for several processes one that all of them see.
+        directory: Where backups lie, one directory `N` for batch N of the run
+            (an optimizer step, unless the optimizer itself accumulates); one
+            run at a time. For several processes one that all of them see.
         every: Optimizer steps between backups, or a time such as
             `"10 minutes"`; several processes make steps of it by their pace.
         keep: How many are kept.
@@ -85,6 +95,7 @@ class TrainingBackup(AfterStep):
         self.keep = keep
         self.resume = resume
         self._manager: Any = None
+        self._lock = contextlib.ExitStack()
 
     # --- Called by `fit` before training ----------------------------------
 
@@ -119,8 +130,12 @@ class TrainingBackup(AfterStep):
         self._settings = training_state.settings(
             model, dataset, self._callbacks
         )
-        self._saved_step = -1
+        # Batches of the run when it was saved last.
+        self._saved = -1
+        self._place = Place(0, 0)
+        self._averages = True
         self._fixed_hashes: dict[bool, str] = {}
+        self._lock.enter_context(locked(self.directory, "TrainingBackup"))
         if is_main_process() and self.resume == "never":
             self._move_aside()
         self._open()
@@ -131,6 +146,12 @@ class TrainingBackup(AfterStep):
         self._last_save = time.monotonic()
         self._begun_at: tuple[int, float] | None = None
         return restored
+
+    def end(self) -> None:
+        """Wait until what was begun is written, and let others in."""
+        with self._lock:
+            if self._manager is not None:
+                self.close()
 
     @property
     def goes_on(self) -> bool:
@@ -163,7 +184,11 @@ class TrainingBackup(AfterStep):
         number = 1
         while (aside := _beside(self.directory, number)).exists():
             number += 1
-        os.replace(self.directory, aside)
+        aside.mkdir()
+        # Not the directory itself, which is locked.
+        for path in self.directory.iterdir():
+            if path.name != LOCK_FILE:
+                os.replace(path, aside / path.name)
         say(f"Earlier backups were moved to {aside}")
 
     def _open(self) -> None:
@@ -217,7 +242,8 @@ class TrainingBackup(AfterStep):
         if changed:
             raise UserError(
                 f"The backup {path} is of another run: {'; '.join(changed)}. "
-                "Use the settings, data and model that it was written with, "
+                + training_state.remedies(changed)
+                + "Use the settings, data and model that it was written with, "
                 "another directory, or resume='never' to begin anew."
             )
         wanted = {
@@ -229,30 +255,67 @@ class TrainingBackup(AfterStep):
         arrays = _read(
             manager, step, path, state=orbax.args.StandardRestore(wanted)
         )
-        metrics = []
+        metrics, scalars = [], []
         for name, variable in _named(model):
             if name.startswith("metrics"):
                 metrics.append(arrays[name])
             else:
                 variable.assign(arrays[name])
+                if name.startswith("optimizer") and not variable.shape:
+                    scalars.append((variable, arrays[name]))
+        for swap in self._swaps:
+            # What the backup holds is not swapped.
+            swap._ema_weights_in_model = False
         self._dataset.set_state(info["data"])
-        place = Place(*info["place"])
+        self._place = Place(*info["place"])
+        self._saved = step if directory == self.directory else -1
+        restored = Restored(
+            self._place, metrics, scalars, info["callbacks"], False
+        )
+        end = self._end_of_run(directory, step, model)
+        if end is not None:
+            return restored._replace(finished=True, **end)
         say(
-            f"Going on from {path}: epoch {place.epoch + 1}, "
-            f"{place.batch} of {self._dataset.batches_per_epoch} steps done"
+            f"Going on from {path}: epoch {self._place.epoch + 1}, "
+            f"{self._place.batch} of {self._dataset.batches_per_epoch} steps "
+            "done"
         )
-        self._saved_step = step if directory == self.directory else -1
-        return Restored(
-            place, metrics, info["callbacks"], self._finished(directory, step)
-        )
+        return restored
 
-    def _finished(self, directory: pathlib.Path, step: int) -> bool:
-        """Whether that step ended a run of as many epochs."""
+    def _end_of_run(
+        self, directory: pathlib.Path, step: int, model: Any
+    ) -> dict[str, Any] | None:
+        """What a run of these epochs ended with; None where it goes on."""
         path = directory / FINISHED
-        if not path.exists():
-            return False
-        found = json.loads(path.read_text())
-        return found["step"] == step and found["epochs"] >= self._epochs
+        if path.exists():
+            found = json.loads(path.read_text())
+            end = {"callbacks": found["history"], "averages": found["averages"]}
+            if found["step"] == step:
+                if found["ended_by"] == "limit":
+                    updates = UpdateCounter(model).updates
+                    return end if self._is_limit(updates) else None
+                if found["ended_by"] == "callback":
+                    say(
+                        "A callback, such as EarlyStopping, ended that run. "
+                        f"Remove {path} to go on from its last backup."
+                    )
+                    return end
+                if found["epochs"] >= self._epochs:
+                    return end
+        # Killed between the last backup and the end.
+        return {} if self._place.epoch >= self._epochs else None
+
+    def _is_limit(self, updates: int) -> bool:
+        return any(limit.is_reached(updates) for limit in self._limits)
+
+    @property
+    def _limits(self) -> list[StopAfter]:
+        return [c for c in self._callbacks if isinstance(c, StopAfter)]
+
+    @property
+    def _swaps(self) -> list[Any]:
+        swap = keras.callbacks.SwapEMAWeights
+        return [c for c in self._callbacks if isinstance(c, swap)]
 
     def _identity(self, model: Any) -> dict[str, Any]:
         shapes = training_state.variable_shapes(model)
@@ -266,11 +329,26 @@ class TrainingBackup(AfterStep):
 
     # --- While training ------------------------------------------------------
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        self._saved_update = self.step
+        self._epochs = self.params["epochs"]
+        for swap in self._swaps:
+            # Keras' own would overwrite the weights before they are saved
+            # (see `_finish_swaps`).
+            swap.set_params({**swap.params, "epochs": 0})
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._place = Place(epoch, self._dataset.first_batch)
 
-    def after_step(self, step: int) -> None:
+    def after_batch(self) -> None:
         self._place = Place(self._place.epoch, self._place.batch + 1)
+        if self._model.stop_training:
+            # Inside an epoch: what validation and callbacks make of its early
+            # end is no part of a run that goes on.
+            self.save()
+
+    def after_step(self, step: int) -> None:
         if self._due():
             self.save()
 
@@ -278,24 +356,51 @@ class TrainingBackup(AfterStep):
         super().on_epoch_end(epoch, logs)
         if self._place.batch >= self._dataset.batches_per_epoch:
             self._place = Place(epoch + 1, 0)
-            if self._due():
-                self.save()
+        last = epoch + 1 >= self._epochs
+        # Later Keras puts the optimizer's average in the weights' place.
+        if last or self._model.stop_training or self._due():
+            self.save()
+        self._finish_swaps(last)
+
+    def _finish_swaps(self, last: bool) -> None:
+        """What SwapEMAWeights does at the end of the last epoch.
+
+        It keeps the average in the weights, where Keras would swap once more.
+        """
+        for swap in self._swaps:
+            if swap.swap_on_epoch and swap._ema_weights_in_model:
+                self._averages = last
+                if last:
+                    swap._finalize_ema_values()
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.save()
         self.close()
-        ended = {"step": self._saved_step, "epochs": self._epochs}
-        if is_main_process():
-            path = self.directory / FINISHED
-            write_beside(path, json.dumps(ended).encode())
+        if self._saved != self._number or not is_main_process():
+            return
+        by_limit = any(limit.has_stopped for limit in self._limits)
+        by_callback = self._model.stop_training and (
+            not by_limit
+            or any(getattr(c, "stopped_epoch", 0) for c in self._callbacks)
+        )
+        ended = {
+            "step": self._saved,
+            "epochs": self._epochs,
+            "ended_by": "callback"
+            if by_callback
+            else "limit"
+            if by_limit
+            else "epochs",
+            "averages": self._averages,
+            "history": training_state.callback_states([self.model.history]),
+        }
+        write_beside(self.directory / FINISHED, json.dumps(ended).encode())
 
     def _due(self) -> bool:
         if jax.process_count() > 1 and self.every_steps is None:
             self._agree_on_steps()
         if self.every_steps is not None:
-            updates = self.step // self.steps_per_update
-            return updates // self.every_steps > (
-                max(self._saved_step, 0) // self.every_steps
+            return self.step // self.every_steps > (
+                self._saved_update // self.every_steps
             )
         return time.monotonic() - self._last_save >= self.every_seconds
 
@@ -312,7 +417,7 @@ class TrainingBackup(AfterStep):
         steps, seconds = self.step - begun[0], time.monotonic() - begun[1]
         if steps < PACE_STEPS:
             return
-        updates = self.every_seconds / (seconds / steps) / self.steps_per_update
+        updates = self.every_seconds / (seconds / steps)
         number = np.asarray(max(1, round(updates)))
         self.every_steps = int(multihost_utils.broadcast_one_to_all(number))
 
@@ -324,8 +429,8 @@ class TrainingBackup(AfterStep):
         """
         import orbax.checkpoint as orbax
 
-        step = self.step // self.steps_per_update
-        if step == self._saved_step or not self.can_save:
+        step = self._number
+        if step == self._saved or not self.can_save:
             return
         model = self.model  # Brings the variables up to date.
         if not math.isfinite(model.metric_totals()["loss"][0]):
@@ -340,11 +445,17 @@ class TrainingBackup(AfterStep):
             "data": self._dataset.get_state(),
             "callbacks": training_state.callback_states(callbacks),
         }
-        # Copies: the next step gives the originals' memory away.
-        arrays = {
-            name: jax.numpy.copy(variable.value)
-            for name, variable in _named(model)
-        }
+        with self._not_swapped():
+            # Copies: the next step gives the originals' memory away.
+            arrays = {
+                name: jax.numpy.copy(variable.value)
+                for name, variable in _named(model)
+            }
+        # A step's loss is of the weights before it.
+        weights = [a for name, a in arrays.items() if "trainable" in name]
+        if not _all_finite(weights):
+            say(f"No backup of step {step}: weights are not finite numbers.")
+            return
         with _said_clearly(step, self.directory):
             self._manager.save(
                 step,
@@ -354,8 +465,26 @@ class TrainingBackup(AfterStep):
                 ),
                 force=True,
             )
-        self._saved_step = step
+        self._saved, self._saved_update = step, self.step
         self._last_save = time.monotonic()
+
+    @contextlib.contextmanager
+    def _not_swapped(self) -> Iterator[None]:
+        """The weights that training goes on with, and not their average."""
+        swapped = [s for s in self._swaps if s._ema_weights_in_model]
+        for swap in swapped:
+            swap._swap_variables()
+        try:
+            yield
+        finally:
+            for swap in swapped:
+                swap._swap_variables()
+
+    @property
+    def _number(self) -> int:
+        """Batches of the run so far: each has a state of its own."""
+        place = self._place
+        return place.epoch * self._dataset.batches_per_epoch + place.batch
 
     @property
     def can_save(self) -> bool:
@@ -367,8 +496,14 @@ class TrainingBackup(AfterStep):
 
     def close(self) -> None:
         """Wait until what was begun is written."""
-        with _said_clearly(self._saved_step, self.directory):
+        with _said_clearly(self._saved, self.directory):
             self._manager.wait_until_finished()
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    flags = [jax.numpy.isfinite(array).all() for array in arrays]
+    return jax.numpy.stack(flags).all()
 
 
 @contextlib.contextmanager

@@ -301,9 +301,10 @@ class PreferenceDataset(keras.utils.PyDataset):
         return batch
 
     def view(self) -> "PreferenceDataset":
-        """The same pairs for one run, which may leave its marks on it."""
+        """The same pairs with a place of their own in them, at the start."""
         dataset = copy.copy(self)
         dataset.epoch = dataset.first_batch = 0
+        dataset._cached_order = None
         return dataset
 
     def packed(self, packing: Packing, epochs: int = 1) -> "PreferenceDataset":

@@ -1,0 +1,1 @@
+"""What reaches into the privates of Keras, Keras-Hub and JAX."""
