@@ -298,6 +298,8 @@ def make_preprocessor(
         max_completion_length=config.max_completion_length,
         chat_template=config.chat_template,
         on_overflow=config.on_overflow,
+        chat_template_kwargs=config.chat_template_kwargs,
+        date=config.template_date,
     )
     if preprocessor.tokenizer is not None:
         say(f"Tokenizer: {preprocessor.tokenizer.name}")
@@ -313,6 +315,8 @@ def make_preprocessor_alone(config: DPOConfig) -> DPOPreprocessor:
         config.max_completion_length,
         config.chat_template,
         config.on_overflow,
+        config.chat_template_kwargs,
+        config.template_date,
     )
 
 
@@ -492,7 +496,13 @@ class StopAfter(keras.callbacks.Callback):
 
 def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:
     """A few prompts, of rows that hold text."""
-    prompts = [r["prompt"] for r in dataset.records if "prompt" in r]
+    prompts = [
+        {"prompt": r["prompt"], "tools": r["tools"]}
+        if "tools" in r
+        else r["prompt"]
+        for r in dataset.records
+        if "prompt" in r
+    ]
     return prompts[: config.num_sample_prompts]
 
 

@@ -366,7 +366,9 @@ def test_whole_numbers_may_be_floats():
 def test_scores_under_two_names_are_no_order():
     row = ranked(9, 3)
     row["completions"].append({"response": "x", "rating": 99})
-    with pytest.raises(ValueError, match="'completions.score' must be a finite"):
+    with pytest.raises(
+        ValueError, match="'completions.score' must be a finite"
+    ):
         normalize_records([row])
 
 
@@ -409,7 +411,11 @@ def test_an_empty_cell_changes_no_format(name, cell, empty):
         (TEXT, "system", "S"),
         (TEXT, "system_prompt", "S"),
         (TEXT, "history", [["a", "b"]]),
-        ({**TEXT, "question": "Q2"} | {"prompt": None}, "conversations", [USER]),
+        (
+            {**TEXT, "question": "Q2"} | {"prompt": None},
+            "conversations",
+            [USER],
+        ),
         ({"question": "Q", "chosen": "a", "rejected": "b"}, "prompt", "Q"),
         (ranked(9, 3), "system", "S"),
         (LAYOUTS["helpsteer2"][0], "system", "S"),
@@ -436,18 +442,22 @@ def test_row_0_settles_the_form_of_a_stream_that_goes_on(tmp_path):
     """Reading may begin at any row: the form is still that of row 0."""
     from keras_dpo.data.reading import PairReader
     from keras_dpo.data.sources import open_rows
-    from keras_dpo.preprocessor import DPOPreprocessor
+    from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
 
     bare = {"question": "Q", "chosen": "good", "rejected": "bad"}
     path = tmp_path / "rows.jsonl"
     rows = [{**bare, "system": "S"}, bare, bare]
     path.write_text("\n".join(map(json.dumps, rows)))
-    reader = PairReader(open_rows(path), DPOPreprocessor())
-    reader._tokenize = lambda part, _: pytest.fail(
-        "a text record"
-    ) if isinstance(part[0][1]["prompt"], str) else []
-    with pytest.raises(ValueError, match="zip"):
-        list(reader.each_pair(first=1))
+    seen = []
+
+    class Seen(DPOPreprocessor):
+        def tokenize(self, records, rows=None):
+            seen.extend(records)
+            return [Tokenized([1], [2], [3]) for _ in records]
+
+    reader = PairReader(open_rows(path), Seen())
+    assert [row for row, _ in reader.each_pair(first=1)] == [1, 2]
+    assert seen == [CHAT, CHAT]
 
 
 # --- Every column is used, listed or refused ----------------------------------
@@ -560,7 +570,7 @@ def test_one_answer_that_repeats_the_prompt_is_refused():
 def test_images_and_tools_that_nobody_sees_are_a_warning():
     rows = [
         {**TEXT, "images": [], "tools": [], "id": 1},
-        {**TEXT, "images": ["a.png"], "tools": "[]", "id": 1},
+        {**TEXT, "images": ["a.png"], "tools": "[{}]", "id": 1},
     ]
     lines = normalize_records(rows)[1].lines()
     warned = "Warning: the images of 'images' are not seen by the model"
@@ -701,7 +711,9 @@ def test_llama_factory_s_calls():
 
 def test_an_assistant_without_words_and_calls_is_refused():
     bare = {"role": "assistant", "content": None, "tool_calls": []}
-    with pytest.raises(ValueError, match="field 'chosen' must be messages with"):
+    with pytest.raises(
+        ValueError, match="field 'chosen' must be messages with"
+    ):
         normalize_records([{**CHAT, "chosen": [bare]}])
 
 
@@ -817,7 +829,9 @@ def test_missing_file():
         read_rows(7)
 
 
-@pytest.mark.parametrize("split", ["test", "trian", "trian[:10%]", "train+test"])
+@pytest.mark.parametrize(
+    "split", ["test", "trian", "trian[:10%]", "train+test"]
+)
 def test_a_split_that_is_not_there_is_refused(split, tmp_path):
     import datasets
 
@@ -851,7 +865,11 @@ def test_csv_cells_hold_any_character(tmp_path):
     odd = "a\u2028b\x85c\x0cd\x0be\x1cf\u2029g"
     row = {"prompt": odd, "chosen": "x\ny", "rejected": "z\r\nw"}
     # The last: a writer that quotes no line feed.
-    for end, row in (("\n", row), ("\r\n", row), ("\r", {**row, **TEXT})):
+    for end, row in (
+        ("\n", row),
+        ("\r\n", row),
+        ("\r", {**TEXT, "prompt": odd}),
+    ):
         with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, list(row), lineterminator=end)
             writer.writeheader()

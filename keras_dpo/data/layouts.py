@@ -127,7 +127,9 @@ def settle(row: Row, every: bool = False) -> Form:
         labels = next(x for x in AB_LAYOUTS if _has_ab(row, x))
         read |= {*labels[:3], "score_ratio"}
         no_prompt = not any(name in row for name in PROMPT_COLUMNS)
-        context = "context" in row and (no_prompt or is_messages(row["context"]))
+        context = "context" in row and (
+            no_prompt or is_messages(row["context"])
+        )
     if context:
         read.add("context")
     elif "prompt" in layout.parts:
@@ -324,7 +326,11 @@ def from_messages(row: Row, form: Form) -> list[Record]:
 def repeats_its_prompt(row: Row, record: Record) -> bool:
     """Whether a prompt beside whole conversations is a turn of theirs."""
     given = row.get("prompt")
-    if not isinstance(given, str) or not given or not is_messages(record["prompt"]):
+    if (
+        not isinstance(given, str)
+        or not given
+        or not is_messages(record["prompt"])
+    ):
         return True
     said = [turn["content"].split() for turn in record["prompt"]]
     return given.split() in [*said, [word for part in said for word in part]]

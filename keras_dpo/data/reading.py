@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import keras
 
-from keras_dpo.data.layouts import Record
 from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.data.records import DataReport, each_record, settle_form
 from keras_dpo.data.sources import Rows
+from keras_dpo.data.values import Record
 from keras_dpo.distribution import of_all_processes
 from keras_dpo.errors import UserError
 from keras_dpo.preprocessor import (

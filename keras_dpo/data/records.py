@@ -9,7 +9,6 @@ from keras_dpo.data.values import (
     Row,
     RowError,
     TieError,
-    finite_number,
     is_empty,
 )
 from keras_dpo.errors import UserError
@@ -194,9 +193,7 @@ def each_record(
         raise UserError("No rows: nothing to train on.")
 
 
-def _check_form(
-    form: layouts.Form, first: Row, row: Row, number: int
-) -> None:
+def _check_form(form: layouts.Form, first: Row, row: Row, number: int) -> None:
     try:
         layouts.check_form(form, first, row)
     except UserError as error:

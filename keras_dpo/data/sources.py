@@ -5,7 +5,14 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from itertools import chain, islice
 from typing import Any
 
@@ -234,11 +241,7 @@ def _read_lines(file: pathlib.Path) -> Iterator[str]:
 
 
 def _read_csv(file: pathlib.Path) -> Iterator[Any]:
-    lines = (
-        part
-        for line in _read_lines(file)
-        for part in LINE.findall(line)
-    )
+    lines = (part for line in _read_lines(file) for part in LINE.findall(line))
     try:
         yield from csv.DictReader(lines)
     except csv.Error as error:
