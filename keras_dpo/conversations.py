@@ -55,31 +55,32 @@ class Conversation(NamedTuple):
         Raises:
             ValueError: The template does not keep to that.
         """
-        _check_prefix(whole, prompt)
         parts: list[Segment] = []
-        end = len(prompt)
+        end = _behind(whole, prompt)
         for index in range(first, len(self.messages)):
             if self.messages[index]["role"] != "assistant":
                 continue
             before = prompt if index == first else self.opened(index)
-            _check_prefix(whole, before)
-            if len(before) > end:
-                parts.append((whole[end : len(before)], False))
+            start = _behind(whole, before)
+            if start > end:
+                parts.append((whole[end:start], False))
             end = len(whole)
             if index + 1 < len(self.messages):
-                end = self._end_of_turn(index, before, whole, stand_ins)
-            parts.append((whole[len(before) : end], True))
+                end = start + self._length_of_turn(
+                    index, before, whole[start:], stand_ins
+                )
+            parts.append((whole[start:end], True))
         if end < len(whole):
             parts.append((whole[end:], False))
         return parts or [("", False)]
 
-    def _end_of_turn(
-        self, index: int, before: str, whole: str, stand_ins: StandIns
+    def _length_of_turn(
+        self, index: int, before: str, after: str, stand_ins: StandIns
     ) -> int:
-        """Where an answer ends that others follow: behind its last control
-        token, for no model writes the line break after it."""
-        alone = self.text(index + 1)[len(before) :]
-        after = whole[len(before) :]
+        """Characters of an answer that others follow: up to its last control
+        token, for no model writes the line break behind it."""
+        alone = self.text(index + 1)
+        alone = alone[_behind(alone, before) :]
         cut = next(
             (i for i in range(len(alone)) if after.startswith(alone[i:])),
             len(alone),
@@ -96,7 +97,7 @@ class Conversation(NamedTuple):
         ends = [match.end() for match in stand_ins.control.finditer(turn)]
         if ends and not turn[ends[-1] :].strip():
             turn = turn[: ends[-1]]
-        return len(before) + len(turn)
+        return len(turn)
 
 
 def check_taken(
@@ -160,15 +161,30 @@ def _without(
                 yield f"{name} of the {role}", replaced(rest)
 
 
-def _check_prefix(whole: str, before: str) -> None:
-    """Raise where a conversation does not begin as `generate` saw it."""
+def _behind(whole: str, before: str) -> int:
+    """Where a conversation goes on behind what `generate` saw of it.
+
+    White space may differ: Hermes' template writes a line break behind a tool's
+    result once an answer follows.
+
+    Raises:
+        ValueError: It does not begin so.
+    """
     if whole.startswith(before):
-        return
-    pairs = zip(whole, before, strict=False)
-    fork = next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole))
-    raise UserError(
-        "the chat template writes the prompt differently once the answer "
-        f"follows. Received a prompt that ends {before[-40:]!r}, and with the "
-        f"answer {whole[fork : fork + 40]!r} where they part. Use a template, "
-        "or chat_template_kwargs, that only append."
-    )
+        return len(before)
+    i = j = 0
+    while j < len(before):
+        if whole[i : i + 1] == before[j]:
+            i, j = i + 1, j + 1
+        elif whole[i : i + 1].isspace():
+            i += 1
+        elif before[j].isspace():
+            j += 1
+        else:
+            raise UserError(
+                "the chat template writes the prompt differently once the "
+                f"answer follows. Received a prompt that ends {before[-40:]!r}, "
+                f"and with the answer {whole[i : i + 40]!r} where they part. "
+                "Use a template, or chat_template_kwargs, that only append."
+            )
+    return i

@@ -528,6 +528,7 @@ class DPOModel(PreferenceSteps):
         self._assert_compile_called("memory_report")
         dataset = make_dataset(x, self.preprocessor, batch_size, True)
         self._ensure_reference()
+        dataset.check_fits(self, self.gradient_accumulation_steps)
         if self.execution.in_rows:
             micro_batches = self.gradient_accumulation_steps
             dataset = dataset.packed(self._packing(dataset, micro_batches))

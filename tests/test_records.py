@@ -863,11 +863,11 @@ def test_csv_cells_hold_any_character(tmp_path):
     import csv
 
     odd = "a\u2028b\x85c\x0cd\x0be\x1cf\u2029g"
-    row = {"prompt": odd, "chosen": "x\ny", "rejected": "z\r\nw"}
+    quoted = {"prompt": odd, "chosen": "x\ny", "rejected": "z\r\nw"}
     # The last: a writer that quotes no line feed.
     for end, row in (
-        ("\n", row),
-        ("\r\n", row),
+        ("\n", quoted),
+        ("\r\n", quoted),
         ("\r", {**TEXT, "prompt": odd}),
     ):
         with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as f:

@@ -124,6 +124,5 @@ def sample_answers(
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string to show: its last turn."""
-    if isinstance(prompt, Mapping):
-        prompt = prompt["prompt"]
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    turns: Any = prompt["prompt"] if isinstance(prompt, Mapping) else prompt
+    return turns if isinstance(turns, str) else turns[-1]["content"]

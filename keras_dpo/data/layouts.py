@@ -282,12 +282,12 @@ def from_api(row: Row, form: Form) -> list[Record]:
         raise RowError("input", "a mapping with messages", source)
     prompt = messages(source.get("messages"), "input.messages")
     fields = ("preferred_output", "non_preferred_output")
-    answers = [messages(row.get(field), field) for field in fields]
+    chosen, rejected = (messages(row.get(field), field) for field in fields)
     if not is_empty(source.get("tools")):
         if not is_empty(row.get("tools")):
             raise RowError("tools", "given once, not in `input` too", "both")
         row = {**row, "tools": source["tools"]}
-    return [_conversation(row, form, prompt, *answers, fields)]
+    return [_conversation(row, form, prompt, chosen, rejected, fields)]
 
 
 def from_messages(row: Row, form: Form) -> list[Record]:
