@@ -549,6 +549,7 @@ class DPOModel(PreferenceSteps):
             )
         self._ensure_reference()
         dataset = make_dataset(x, self.preprocessor, batch_size, False)
+        dataset.check_fits(self)
         return fill_in_reference(self, dataset)
 
     def _at_step_zero(self) -> bool:

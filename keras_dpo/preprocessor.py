@@ -285,9 +285,10 @@ class DPOPreprocessor:
             extras = {k: record[k] for k in EXTRA_FIELDS if k in record}
             dropped = self._drop_cause(row)
             rows.append(row._replace(extras=extras, dropped=dropped))
-        if self.on_overflow == "error":
-            for number, row in zip(numbers, rows, strict=True):
+        for number, row in zip(numbers, rows, strict=True):
+            if self.on_overflow == "error":
                 self._check_whole(number, row)
+            _check_references(number, row)
         return rows
 
     def _check_whole(self, number: int, row: Tokenized) -> None:
@@ -569,6 +570,18 @@ class DPOPreprocessor:
         elif tokenizer is not None:
             tokenizer = HuggingFaceTokenizer.from_config(tokenizer)
         return cls(tokenizer, **config)
+
+
+def _check_references(number: int, row: Tokenized) -> None:
+    """Raise where reference log-probs are of more text than is kept."""
+    cut = any("truncated" in note for note in row.notes)
+    given = any(name.startswith("reference") for name in row.extras)
+    if cut and given and row.dropped is None:
+        raise UserError(
+            f"Row {number} is cut to the limits, and its reference log-probs "
+            "are of the whole text. Raise max_length, set on_overflow='drop', "
+            "or let the reference be computed."
+        )
 
 
 def _check_template(

@@ -158,7 +158,8 @@ def test_a_call_is_an_answer(tokenizer, template, call):
     assert '"add"' in prompt
     asked = {"prompt": [USER], "tools": [SCHEMA]}
     assert preprocessor.prompt_ids(asked) == row.prompt_ids
-    assert preprocessor.prompt_ids([USER]) != row.prompt_ids
+    other = {**asked, "tools": [SCHEMA, SCHEMA]}
+    assert preprocessor.prompt_ids(other) != row.prompt_ids
 
 
 @pytest.mark.parametrize(
