@@ -147,9 +147,9 @@ def render(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        return run_within(
-            RENDER_SECONDS, lambda: _compiled(template).render(variables)
-        )
+        # Compiled first: that imports transformers, which may take long.
+        compiled = _compiled(template)
+        return run_within(RENDER_SECONDS, lambda: compiled.render(variables))
     except Exception as error:  # Whatever a template's own code raises.
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise UserError(

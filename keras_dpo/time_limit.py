@@ -1,7 +1,9 @@
 """A time limit on a call, in any thread and without signals."""
 
+import contextlib
 import ctypes
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -37,7 +39,9 @@ class _Watchdog(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="keras_dpo time limit", daemon=True)
         self.calls: dict[_Call, None] = {}
-        self._changed = threading.Event()
+        # No `Event`: an interrupt inside its `set` would leave its lock held,
+        # where a queue of C is whole at any time.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         # When this thread looks next; a call that ends later need not wake it.
         self._looks_at = math.inf
         self.start()
@@ -45,12 +49,11 @@ class _Watchdog(threading.Thread):
     def watch(self, call: _Call) -> None:
         self.calls[call] = None
         if call.deadline < self._looks_at:
-            self._changed.set()
+            self._wake.put(None)
 
     def run(self) -> None:
         while True:
-            # Both before the calls are listed, so that none slips through.
-            self._changed.clear()
+            # Before the calls are listed, so that none slips through.
             self._looks_at = math.inf
             calls, now = list(self.calls), time.monotonic()
             for call in calls:
@@ -62,7 +65,8 @@ class _Watchdog(threading.Thread):
             )
             self._looks_at = nearest
             wait = None if nearest == math.inf else nearest - now
-            self._changed.wait(wait)
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=wait)
 
     def _take(self, call: _Call) -> bool:
         return self.calls.pop(call, self) is None

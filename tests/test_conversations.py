@@ -234,7 +234,9 @@ def test_thinking_off_puts_the_block_into_the_prompt(tokenizer):
     assert one(again, record([GOOD], tools=())) == row
     # Reasoning contradicts it.
     thought = {**GOOD, "reasoning_content": "2 and 2"}
-    with pytest.raises(ValueError, match="Row 0: field 'chosen': the chat temp"):
+    with pytest.raises(
+        ValueError, match="Row 0: field 'chosen': the chat temp"
+    ):
         one(preprocessor, record([thought], tools=()))
 
 
@@ -277,9 +279,7 @@ def test_turns_that_the_template_rewrites(tokenizer):
     )
     thought = {**BAD, "reasoning_content": "2 and 2"}
     with pytest.raises(ValueError, match="leaves out a part of an answer"):
-        one(
-            make(tokenizer, QWEN3), record([thought, AGAIN, GOOD], tools=())
-        )
+        one(make(tokenizer, QWEN3), record([thought, AGAIN, GOOD], tools=()))
 
 
 def test_reasoning_before_a_call_stays(tokenizer):
@@ -433,9 +433,7 @@ def test_a_template_writes_the_date_of_the_run(tokenizer):
     own = make(
         tokenizer, LLAMA31, chat_template_kwargs={"date_string": "my day"}
     )
-    assert "Today Date: my day\n" in text_of(
-        tokenizer, own.prompt_ids([USER])
-    )
+    assert "Today Date: my day\n" in text_of(tokenizer, own.prompt_ids([USER]))
 
 
 @pytest.mark.parametrize("name", ["chatlm", "template.jinja", "", "{x}"])

@@ -54,7 +54,9 @@ def test_pairs_beyond_the_table_of_positions(family, packing):
     model.compile("sgd")
     options = {"batch_size": 1, "buckets": [POSITIONS], "verbose": False}
     fits = PreferenceDataset([pair_of(POSITIONS)], **options)
-    assert np.isfinite(model.evaluate(fits, verbose=0, return_dict=True)["loss"])
+    assert np.isfinite(
+        model.evaluate(fits, verbose=0, return_dict=True)["loss"]
+    )
     options["buckets"] = [64]
     rows = [pair_of(8), pair_of(POSITIONS + 1)]
     beyond = PreferenceDataset(rows, **options)
@@ -62,7 +64,9 @@ def test_pairs_beyond_the_table_of_positions(family, packing):
         with pytest.raises(ValueError, match="Row 1 has 33 .* 32 positions"):
             run(beyond, verbose=0)
     # Nothing was lost on the way.
-    assert np.isfinite(model.evaluate(fits, verbose=0, return_dict=True)["loss"])
+    assert np.isfinite(
+        model.evaluate(fits, verbose=0, return_dict=True)["loss"]
+    )
 
 
 def test_a_bucket_beyond_the_table_of_positions():
@@ -75,7 +79,7 @@ def test_a_bucket_beyond_the_table_of_positions():
 
 def test_a_reference_s_table_counts():
     policy, reference = positioned(), positioned()
-    reference.backbone.embeddings.position_embedding.sequence_length = 8
+    reference.backbone.position_embedding.sequence_length = 8
     model = DPOModel(policy, reference)
     model.compile("sgd")
     data = PreferenceDataset([pair_of(9)], batch_size=1, verbose=False)
@@ -172,8 +176,8 @@ def test_one_prompt_gives_one_answer():
     policy = tiny_policy(layers=1)
     preprocessor = DPOPreprocessor(
         NumberTokenizer(),
-        chat_template="{% for m in messages %}{{ m.content }}{{ tools }}"
-        "{% endfor %}",
+        chat_template="{% for m in messages %}{{ m.content }}"
+        "{% if tools %}{{ ' ' + tools[0].name }}{% endif %}{% endfor %}",
     )
 
     def answer(prompts):
