@@ -184,7 +184,8 @@ def _behind(whole: str, before: str) -> int:
             raise UserError(
                 "the chat template writes the prompt differently once the "
                 "answer follows. Received a prompt that ends "
-                f"{before[-40:]!r}, and with the answer {whole[i : i + 40]!r} where they part. "
-                "Use a template, or chat_template_kwargs, that only append."
+                f"{before[-40:]!r}, and with the answer "
+                f"{whole[i : i + 40]!r} where they part. Use a template, "
+                "or chat_template_kwargs, that only append."
             )
     return i
