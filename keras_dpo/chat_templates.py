@@ -1,15 +1,15 @@
 """Chat templates per family, for presets whose tokenizer carries none."""
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
+import datetime
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from keras_dpo.errors import UserError
+from keras_dpo.time_limit import run_within
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 # A conversation takes milliseconds; nested loops would take forever.
 RENDER_SECONDS = 10.0
 
@@ -53,8 +53,10 @@ MISTRAL = (
     "{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + (start if loop.first else '') + message['content'] + "
     "' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}"
-    "{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant take turns') }}"
+    "{% endif %}{% endfor %}"
 )
 PHI3 = (
     "{% for message in messages %}"
@@ -98,52 +100,101 @@ def family_template(policy: Any) -> str | None:
     return FAMILY_TEMPLATES.get(name)
 
 
+def is_source(template: str) -> bool:
+    """Whether a string is a Jinja template, and no name of one."""
+    return "{{" in template or "{%" in template
+
+
+def writes_date(template: str) -> bool:
+    """Whether a template writes today's date."""
+    return "strftime_now" in template
+
+
 def render(
     template: str,
     messages: Messages,
     add_generation_prompt: bool,
     special_texts: dict[str, str],
+    tools: Messages | None = None,
+    date: datetime.date | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a conversation, from a sandboxed Jinja template.
+
+    Args:
+        template: Jinja source.
+        messages: With all that the template may read.
+        add_generation_prompt: Whether to open the assistant's next turn.
+        special_texts: Such as `bos_token`.
+        tools: JSON schemas of tools.
+        date: What `strftime_now` tells. None: today.
+        options: Further variables, such as `enable_thinking`.
 
     Raises:
         ValueError: The template refuses the messages.
     """
+    today = date or datetime.date.today()
+    midnight = datetime.datetime.combine(today, datetime.time())
+    variables = {
+        "bos_token": "",
+        "eos_token": "",
+        **special_texts,
+        "strftime_now": midnight.strftime,
+        "documents": None,
+        **(options or {}),
+        "messages": messages,
+        "tools": tools or None,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        with _time_limit(RENDER_SECONDS):
-            return _compiled(template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **{"bos_token": "", "eos_token": "", **special_texts},
-            )
+        # Compiled first: that imports transformers, which may take long.
+        compiled = _compiled(template)
+        return run_within(RENDER_SECONDS, lambda: compiled.render(variables))
     except Exception as error:  # Whatever a template's own code raises.
-        roles = ", ".join(message["role"] for message in messages)
+        roles = ", ".join(str(message.get("role")) for message in messages)
         raise UserError(
             f"The chat template refuses these messages ({roles}): {error}"
         ) from error
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` inside the block when it takes too long.
+def parse_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with arguments of calls as mappings, as templates expect.
 
-    In the main thread alone: only there does Python let a signal in.
+    Raises:
+        ValueError: They are neither mappings nor the JSON of one.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "setitimer"):
-        yield
-        return
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    if not isinstance(calls, list):
+        raise UserError(
+            "`tool_calls` must be a list of mappings. Received: "
+            f"{type(calls).__name__}."
+        )
+    return {**message, "tool_calls": [_parsed_call(call) for call in calls]}
 
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _parsed_call(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        raise UserError(
+            f"`tool_calls` must be a list of mappings. Received: {call!r}."
+        )
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _parsed_call(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        parsed = json.loads(arguments or "{}")
+    except (json.JSONDecodeError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise UserError(
+            "The arguments of a tool call must be a mapping or its JSON. "
+            f"Received: {arguments[:60]!r}. Write a call that is broken on "
+            "purpose as the message's content."
+        )
+    return {**call, "arguments": parsed}
 
 
 @lru_cache(maxsize=16)

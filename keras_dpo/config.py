@@ -109,6 +109,10 @@ class DPOConfig:
         max_completion_length: Tokens of a completion; `max_length` less
             `max_prompt_length` if left out.
         chat_template: `auto`, a template's name, or Jinja source.
+        chat_template_kwargs: Further variables of the chat template, such as
+            `{"enable_thinking": false}`.
+        template_date: Date that chat templates write, such as 2026-11-28; the
+            day the run begins if left out.
         on_overflow: `truncate`, `drop` or `error`.
         learning_rate: Peak learning rate; 1e-6 if left out, or 1e-4 for LoRA
             adapters.
@@ -190,6 +194,8 @@ class DPOConfig:
     max_prompt_length: int = 256
     max_completion_length: int | None = None
     chat_template: str = "auto"
+    chat_template_kwargs: dict[str, Any] | None = None
+    template_date: str | None = None
     on_overflow: Literal["truncate", "drop", "error"] = "truncate"
 
     learning_rate: float | None = None

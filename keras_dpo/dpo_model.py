@@ -580,6 +580,7 @@ class DPOModel(PreferenceSteps):
         self._assert_compile_called("memory_report")
         dataset = make_dataset(x, self.preprocessor, batch_size, True)
         self._ensure_reference()
+        dataset.check_fits(self, self.gradient_accumulation_steps)
         if self.execution.in_rows:
             micro_batches = self.gradient_accumulation_steps
             dataset = dataset.packed(self._packing(dataset, micro_batches))
@@ -600,6 +601,7 @@ class DPOModel(PreferenceSteps):
             )
         self._ensure_reference()
         dataset = make_dataset(x, self.preprocessor, batch_size, False)
+        dataset.check_fits(self)
         return fill_in_reference(self, dataset.view())
 
     # --- Saving -----------------------------------------------------------

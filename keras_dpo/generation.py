@@ -1,34 +1,69 @@
 """Answers of a policy to prompts, fed exactly the ids it was trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_dpo.chat_templates import Messages
 from keras_dpo.distribution import to_host
-from keras_dpo.preprocessor import DPOPreprocessor
+from keras_dpo.errors import UserError
+from keras_dpo.positions import num_positions
+from keras_dpo.preprocessor import DPOPreprocessor, Prompt
+
+
+def is_one_prompt(prompts: Any) -> bool:
+    """Whether this is a single prompt: a string, a conversation, or a mapping
+    with `prompt` and `tools`."""
+    if isinstance(prompts, str | Mapping):
+        return True
+    first = prompts[0] if len(prompts) else None
+    return isinstance(first, Mapping) and "role" in first
 
 
 def generate(
     policy: keras.Model,
     preprocessor: DPOPreprocessor,
-    prompts: Sequence[str | Messages],
+    prompts: Any,
     max_new_tokens: int = 64,
     sampler: Any = "greedy",
     strip_special: bool = True,
-) -> list[str]:
-    """The policy's answers, without the prompts.
+) -> str | list[str]:
+    """The policy's answers, without the prompts; a string for one prompt.
 
     Args:
         policy: A Keras-Hub CausalLM; its own sampler is left as it was.
         preprocessor: Makes the prompts' ids and reads the answers'.
-        prompts: Strings, or message lists for the chat template.
+        prompts: A prompt or a list of them: a string, a message list for the
+            chat template, or a mapping with messages as `prompt` and JSON
+            schemas as `tools`.
         max_new_tokens: Tokens of an answer at most.
         sampler: A Keras-Hub sampler or its name.
         strip_special: Whether to leave out control tokens.
     """
+    one = is_one_prompt(prompts)
+    answers = generate_each(
+        policy,
+        preprocessor,
+        [prompts] if one else prompts,
+        max_new_tokens,
+        sampler,
+        strip_special,
+    )
+    return answers[0] if one else answers
+
+
+def generate_each(
+    policy: keras.Model,
+    preprocessor: DPOPreprocessor,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    sampler: Any = "greedy",
+    strip_special: bool = True,
+) -> list[str]:
+    """An answer to each prompt of a list; see `generate`."""
+    if not prompts:
+        return []
     prompt_ids = [preprocessor.prompt_ids(prompt) for prompt in prompts]
     answers = generate_ids(
         policy, prompt_ids, preprocessor.end_ids, max_new_tokens, sampler
@@ -44,12 +79,26 @@ def generate_ids(
     max_new_tokens: int,
     sampler: Any = "greedy",
 ) -> list[list[int]]:
-    """Ids of the answers, without end tokens."""
+    """Ids of the answers, without end tokens.
+
+    Raises:
+        ValueError: They need more positions than the policy knows.
+    """
     import keras_hub
 
     longest = max(map(len, prompt_ids)) + max_new_tokens
     # Few lengths, few compilations.
     length = -(-longest // 64) * 64
+    positions = num_positions(policy)
+    if positions is not None:
+        if longest > positions:
+            raise UserError(
+                f"Prompt and answer must fit into the policy's {positions} "
+                f"positions. Received: a prompt of {longest - max_new_tokens} "
+                f"tokens, max_new_tokens={max_new_tokens}. Shorten the prompt "
+                "or lower max_new_tokens."
+            )
+        length = min(length, positions)
     token_ids = np.zeros((len(prompt_ids), length), "int32")
     mask = np.zeros((len(prompt_ids), length), "int32")
     for row, ids in enumerate(prompt_ids):

@@ -1,16 +1,19 @@
 """Records -> token ids, exactly as the model will see them at inference."""
 
+import datetime
 import hashlib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_dpo import chat_templates
-from keras_dpo.chat_templates import Messages, render
-from keras_dpo.data.layouts import Record
+from keras_dpo.chat_templates import Messages
+from keras_dpo.control_tokens import StandIns
+from keras_dpo.conversations import Conversation, Segment, check_taken
 from keras_dpo.data.records import EXTRA_FIELDS, ID_FIELDS
+from keras_dpo.data.values import Record
 from keras_dpo.errors import UserError
 from keras_dpo.tokenizers import (
     HuggingFaceTokenizer,
@@ -18,11 +21,12 @@ from keras_dpo.tokenizers import (
     as_text_tokenizer,
 )
 
-# Stand-ins for control tokens that the data spells, while a text is rendered.
-STAND_IN = 0xF0000
 RECORDS_AT_ONCE = 512
+# Variables of templates that the preprocessor itself sets.
+SET_BY_US = ("messages", "tools", "add_generation_prompt", "strftime_now")
 
-Segment = tuple[str, bool]
+# A string, a conversation, or a mapping with `prompt` and `tools`.
+Prompt = str | Messages | Record
 
 
 class Tokenized(NamedTuple):
@@ -45,7 +49,7 @@ class Tokenized(NamedTuple):
     rejected_ids: list[int]
     chosen_scored: list[bool] | None = None
     rejected_scored: list[bool] | None = None
-    extras: dict[str, float] = {}
+    extras: Mapping[str, float] = MappingProxyType({})
     notes: tuple[str, ...] = ()
     dropped: str | None = None
 
@@ -69,6 +73,10 @@ class DPOPreprocessor:
             of one in `chat_templates.TEMPLATES`; or Jinja source.
         on_overflow: `"truncate"`, `"drop"` or `"error"`, for what is longer
             than the limits.
+        chat_template_kwargs: Further variables of the template, such as
+            `{"enable_thinking": False}`.
+        date: What templates that write the date are told, such as
+            `"2026-11-28"`. None: the day the preprocessor is made.
 
     Raises:
         ValueError: The limits contradict each other, or an option is unknown.
@@ -89,6 +97,8 @@ class DPOPreprocessor:
         max_completion_length: int | None = None,
         chat_template: str | None = "auto",
         on_overflow: str = "truncate",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
     ) -> None:
         limits = {
             "max_length": max_length,
@@ -111,6 +121,7 @@ class DPOPreprocessor:
                 "`on_overflow` must be 'truncate', 'drop' or 'error'. "
                 f"Received: {on_overflow!r}."
             )
+        _check_template(chat_template, chat_template_kwargs)
         self.tokenizer: TextTokenizer | None = (
             None if tokenizer is None else as_text_tokenizer(tokenizer)
         )
@@ -119,7 +130,12 @@ class DPOPreprocessor:
         self.max_completion_length = max_completion_length
         self.chat_template = chat_template
         self.on_overflow = on_overflow
-        self._prepare_control_tokens()
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.date = _iso_date(date)
+        # Only the template writes control ids.
+        tokens = {} if self.tokenizer is None else self.tokenizer.control_tokens
+        self._control_ids = set(tokens.values())
+        self._stand_ins = StandIns(tokens)
 
     @classmethod
     def from_policy(
@@ -130,21 +146,29 @@ class DPOPreprocessor:
         if tokenizer is None:
             theirs = getattr(policy, "preprocessor", None)
             tokenizer = getattr(theirs, "tokenizer", None)
-        preprocessor = cls(tokenizer, **options)
-        preprocessor.adopt_family_template(policy)
-        return preprocessor
+        family = {"chat_template": chat_templates.family_template(policy)}
+        own = getattr(policy, "_chat_format", family)
+        return cls.from_chat_format(tokenizer, own, **options)
 
-    def adopt_family_template(self, policy: keras.Model) -> None:
-        """Take the policy's own template, or its family's, where the tokenizer
-        carries none."""
-        tokenizer = self.tokenizer
-        if (
-            self.chat_template == "auto"
-            and tokenizer is not None
-            and tokenizer.chat_template is None
-        ):
-            own = getattr(policy, "_chat_format", {}).get("chat_template")
-            self.chat_template = own or chat_templates.family_template(policy)
+    @classmethod
+    def from_chat_format(
+        cls, tokenizer: Any, own: Mapping[str, Any], **options: Any
+    ) -> "DPOPreprocessor":
+        """With a preset's own way to write messages, unless told otherwise.
+
+        Args:
+            tokenizer: As for the class; its own template comes first.
+            own: The preset's `chat_template` and `chat_template_kwargs`, where
+                it has them.
+            **options: Further arguments of the class.
+        """
+        tokenizer = None if tokenizer is None else as_text_tokenizer(tokenizer)
+        is_auto = options.get("chat_template", "auto") == "auto"
+        if is_auto and tokenizer and tokenizer.chat_template is None:
+            options["chat_template"] = own.get("chat_template")
+        if options.get("chat_template_kwargs") is None:
+            options["chat_template_kwargs"] = own.get("chat_template_kwargs")
+        return cls(tokenizer, **options)
 
     @property
     def template(self) -> str:
@@ -178,6 +202,21 @@ class DPOPreprocessor:
         digest = hashlib.blake2b(self.template.encode(), digest_size=4)
         return f"given as Jinja source (hash {digest.hexdigest()})"
 
+    def _template_for(self, tools: Any) -> str:
+        """The tokenizer's template for tools, where it has one apart."""
+        own = None if self.tokenizer is None else self.tokenizer.tool_template
+        if tools and own and self.chat_template == "auto":
+            return own
+        return self.template
+
+    @property
+    def written_date(self) -> str | None:
+        """The date, if the template in use writes it."""
+        if not self.has_template():
+            return None
+        in_use = self.template + self._template_for(True)
+        return self.date if chat_templates.writes_date(in_use) else None
+
     @property
     def end_ids(self) -> list[int]:
         """Ids that end an answer: EOS, and the template's end of turn."""
@@ -188,7 +227,7 @@ class DPOPreprocessor:
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "b"},
             ]
-            text = render(self.template, turns, False, tokenizer.special_texts)
+            text = self._render(turns, False, self._stand_ins)
             after = text.rpartition("b")[2]
             ends += [
                 token
@@ -201,14 +240,22 @@ class DPOPreprocessor:
         """Whether message lists can be rendered."""
         try:
             return bool(self.template)
-        except ValueError:
+        except UserError:
             return False
 
     # --- Text -> ids --------------------------------------------------------
 
-    def prompt_ids(self, prompt: str | Messages) -> list[int]:
-        """What the model sees before it answers; `generate` is fed these."""
-        return self._with_bos(self._encode([self._prompt_text(prompt)])[0])
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """What the model sees before it answers; `generate` is fed these.
+
+        Args:
+            prompt: A string, messages, or a mapping with messages as `prompt`
+                and JSON schemas as `tools`.
+        """
+        record = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        stand_ins = self._stand_ins.avoiding([record])
+        text = self._prompt_text(record, stand_ins)
+        return self._with_bos(self._encode([text], stand_ins)[0])
 
     def tokenize(
         self, records: Iterable[Record], rows: Sequence[int] | None = None
@@ -235,18 +282,19 @@ class DPOPreprocessor:
         self, records: Sequence[Record], numbers: Sequence[int]
     ) -> list[Tokenized]:
         """Encode one chunk of records in a few batched calls."""
+        stand_ins = self._stand_ins.avoiding(records)
         texts: list[str] = []
         plans: list[_Plan | None] = []
         for number, record in zip(numbers, records, strict=True):
             plan = None
             if "chosen_ids" not in record:
                 try:
-                    plan = self._plan(record)
-                except ValueError as error:
+                    plan = self._plan(record, stand_ins)
+                except UserError as error:
                     raise UserError(f"Row {number}: {error}") from error
             plans.append(plan)
             texts += plan.texts if plan else []
-        encoded = iter(self._encode(texts))
+        encoded = iter(self._encode(texts, stand_ins))
         rows = []
         for record, plan in zip(records, plans, strict=True):
             if plan is None:
@@ -254,16 +302,18 @@ class DPOPreprocessor:
                 prompt, chosen, rejected = (list(record[x]) for x in ID_FIELDS)
                 row = Tokenized(prompt, chosen, rejected)
             else:
-                row = self._assemble(plan, [next(encoded) for _ in plan.texts])
+                ids = [next(encoded) for _ in plan.texts]
+                row = self._assemble(plan, ids, stand_ins)
                 if self._prompt_limit() < len(row.prompt_ids):
                     row = self._shorten(record, row)
                 row = self._limit(row)
             extras = {k: record[k] for k in EXTRA_FIELDS if k in record}
             dropped = self._drop_cause(row)
             rows.append(row._replace(extras=extras, dropped=dropped))
-        if self.on_overflow == "error":
-            for number, row in zip(numbers, rows, strict=True):
+        for number, row in zip(numbers, rows, strict=True):
+            if self.on_overflow == "error":
                 self._check_whole(number, row)
+            _check_references(number, row)
         return rows
 
     def _check_whole(self, number: int, row: Tokenized) -> None:
@@ -277,25 +327,27 @@ class DPOPreprocessor:
                 "Raise them, or set on_overflow='truncate'."
             )
 
-    def _plan(self, record: Record) -> "_Plan":
+    def _plan(self, record: Record, stand_ins: StandIns) -> "_Plan":
         """The texts to encode for one record."""
-        prompt = self._prompt_text(record["prompt"])
+        prompt = self._prompt_text(record, stand_ins)
         # Text before the last control token cannot touch the completion.
         tail = max(
-            (match.start() for match in self._control.finditer(prompt)),
+            (match.start() for match in stand_ins.control.finditer(prompt)),
             default=0,
         )
         texts = [prompt, prompt[tail:]]
         segments = []
         for field in ("chosen", "rejected"):
-            parts = self._completion_segments(record, field, prompt)
+            parts = self._segments(record, field, prompt, stand_ins)
             segments.append(parts)
             texts.append(prompt[tail:] + parts[0][0])
             texts += [text for text, _ in parts[1:]]
-        escaped = any(self._stand_in.search(text) for text in texts)
+        escaped = any(stand_ins.pattern.search(text) for text in texts)
         return _Plan(texts, segments, escaped)
 
-    def _assemble(self, plan: "_Plan", parts: list[list[int]]) -> Tokenized:
+    def _assemble(
+        self, plan: "_Plan", parts: list[list[int]], stand_ins: StandIns
+    ) -> Tokenized:
         """The ids of the plan's texts, put together."""
         prompt, tail, parts = parts[0], parts[1], parts[2:]
         notes = []
@@ -311,7 +363,7 @@ class DPOPreprocessor:
             else:
                 # The last prompt token would merge with the answer's first.
                 notes.append("merges across the prompt's end broken")
-                first = self._encode([segments[0][0]])[0]
+                first = self._encode([segments[0][0]], stand_ins)[0]
             pieces = [first, *rest]
             scored = [
                 flag
@@ -331,71 +383,77 @@ class DPOPreprocessor:
             notes=tuple(notes),
         )
 
-    def _prompt_text(self, prompt: str | Messages) -> str:
+    def _prompt_text(self, record: Record, stand_ins: StandIns) -> str:
+        prompt = record["prompt"]
         if isinstance(prompt, str):
-            return self._escape(prompt)
-        return self._render(prompt, True)
+            if record.get("tools"):
+                raise UserError(
+                    "Tools need a prompt of messages. Received: a string. Pass "
+                    '[{"role": "user", "content": ...}].'
+                )
+            return stand_ins.escape(prompt)
+        conversation = self._conversation(prompt, record, stand_ins)
+        text = conversation.opened(len(prompt))
+        check_taken(conversation, text, opened=True)
+        return text
 
-    def _completion_segments(
-        self, record: Record, field: str, prompt: str
+    def _segments(
+        self, record: Record, field: str, prompt: str, stand_ins: StandIns
     ) -> list[Segment]:
         """The completion's text in parts, each scored or not."""
         completion = record[field]
         if isinstance(completion, str):
-            return [(self._escape(completion), True)]
-        segments = []
-        before = prompt
-        for index, message in enumerate(completion):
-            turns = [*record["prompt"], *completion[: index + 1]]
-            following = completion[index + 1 : index + 2]
-            opens = bool(following) and following[0]["role"] == "assistant"
-            after = self._render(turns, opens)
-            if not after.startswith(before):
-                raise UserError(
-                    "The chat template writes the prompt differently once the "
-                    f"answer follows ({field}). Received a prompt that ends "
-                    f"{before[-40:]!r}. Use a template that only appends."
-                )
-            scored = message["role"] == "assistant"
-            segments.append((after[len(before) :], scored))
-            before = after
-        return segments
+            return [(stand_ins.escape(completion), True)]
+        turns = [*record["prompt"], *completion]
+        conversation = self._conversation(turns, record, stand_ins)
+        whole = conversation.text(len(turns))
+        first = len(record["prompt"])
+        check_taken(conversation, whole, opened=False, first=first)
+        try:
+            return conversation.segments(whole, first, prompt, stand_ins)
+        except UserError as error:
+            raise UserError(f"field {field!r}: {error}") from error
 
-    def _render(self, messages: Messages, opens: bool) -> str:
-        tokenizer = self.need_tokenizer()
-        escaped = [
-            {key: self._escape(value) for key, value in message.items()}
-            for message in messages
-        ]
-        return render(self.template, escaped, opens, tokenizer.special_texts)
+    def _conversation(
+        self, turns: Messages, record: Record, stand_ins: StandIns
+    ) -> Conversation:
+        tools = record.get("tools")
 
-    def _escape(self, text: str) -> str:
-        """Replace spelled control tokens by stand-ins that are no token."""
-        return self._control.sub(
-            lambda match: chr(STAND_IN + self._names.index(match.group())),
-            text,
+        def write(
+            messages: Messages, opens: bool, schemas: Messages | None
+        ) -> str:
+            return self._render(messages, opens, stand_ins, schemas)
+
+        return Conversation(turns, tools, write)
+
+    def _render(
+        self,
+        messages: Messages,
+        opens: bool,
+        stand_ins: StandIns,
+        tools: Messages | None = None,
+    ) -> str:
+        # Parsed before they are escaped: JSON may spell a token in escapes.
+        parsed = [chat_templates.parse_arguments(m) for m in messages]
+        return chat_templates.render(
+            self._template_for(tools),
+            stand_ins.escape(parsed),
+            opens,
+            self.need_tokenizer().special_texts,
+            stand_ins.escape(tools),
+            datetime.date.fromisoformat(self.date),
+            self.chat_template_kwargs,
         )
 
-    def _prepare_control_tokens(self) -> None:
-        """Only the template writes control ids: see `_escape`."""
-        tokens = {} if self.tokenizer is None else self.tokenizer.control_tokens
-        self._control_ids = set(tokens.values())
-        self._names = sorted(tokens, key=len, reverse=True)
-        self._control = re.compile(
-            "|".join(map(re.escape, self._names)) or r"(?!)"
-        )
-        last = chr(STAND_IN + max(len(tokens) - 1, 0))
-        self._stand_in = re.compile(f"([{chr(STAND_IN)}-{last}])")
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str], stand_ins: StandIns) -> list[list[int]]:
         """Ids of texts, with stand-ins encoded as the text they stand for."""
         if not texts:
             return []
         tokenizer = self.need_tokenizer()
         escaped = {
-            i: self._stand_in.split(text)
+            i: stand_ins.pattern.split(text)
             for i, text in enumerate(texts)
-            if self._stand_in.search(text)
+            if stand_ins.pattern.search(text)
         }
         plain = [text for i, text in enumerate(texts) if i not in escaped]
         encoded = iter(tokenizer.encode(plain))
@@ -406,11 +464,11 @@ class DPOPreprocessor:
                 continue
             ids: list[int] = []
             for piece in filter(None, escaped[i]):
-                if self._stand_in.fullmatch(piece):
-                    name = self._names[ord(piece) - STAND_IN]
-                    ids += tokenizer.encode_plain(name)
-                else:
+                name = stand_ins.name(piece)
+                if name is None:
                     ids += tokenizer.encode([piece])[0]
+                else:
+                    ids += tokenizer.encode_plain(name)
             result.append(ids)
         return result
 
@@ -455,7 +513,8 @@ class DPOPreprocessor:
         for start in range(1, len(rest)):
             if rest[start]["role"] != "user":
                 continue
-            ids = self.prompt_ids([*system, *rest[start:]])
+            kept = [*system, *rest[start:]]
+            ids = self.prompt_ids({**record, "prompt": kept})
             if len(ids) <= self._prompt_limit():
                 note = "prompts truncated at a turn"
                 return row._replace(prompt_ids=ids, notes=(*row.notes, note))
@@ -520,6 +579,8 @@ class DPOPreprocessor:
             "max_completion_length": self.max_completion_length,
             "chat_template": self.chat_template,
             "on_overflow": self.on_overflow,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "date": self.date,
         }
 
     @classmethod
@@ -534,6 +595,56 @@ class DPOPreprocessor:
         elif tokenizer is not None:
             tokenizer = HuggingFaceTokenizer.from_config(tokenizer)
         return cls(tokenizer, **config)
+
+
+def _check_references(number: int, row: Tokenized) -> None:
+    """Raise where reference log-probs are of more text than is kept."""
+    cut = any("truncated" in note for note in row.notes)
+    given = any(name.startswith("reference") for name in row.extras)
+    if cut and given and row.dropped is None:
+        raise UserError(
+            f"Row {number} is cut to the limits, and its reference log-probs "
+            "are of the whole text. Raise max_length, set on_overflow='drop', "
+            "or let the reference be computed."
+        )
+
+
+def _check_template(
+    chat_template: str | None, options: Mapping[str, Any] | None
+) -> None:
+    known = (None, "auto", *chat_templates.TEMPLATES)
+    if chat_template not in known and not (
+        isinstance(chat_template, str)
+        and chat_templates.is_source(chat_template)
+    ):
+        raise UserError(
+            "`chat_template` must be 'auto', one of "
+            f"{', '.join(chat_templates.TEMPLATES)}, or Jinja source with "
+            f"'{{{{' or '{{%'. Received: {chat_template!r}."
+        )
+    if options is not None and not isinstance(options, Mapping):
+        raise UserError(
+            "`chat_template_kwargs` must be a mapping such as "
+            f"{{'enable_thinking': False}}. Received: {options!r}."
+        )
+    for name in options or ():
+        if name in SET_BY_US or not isinstance(name, str):
+            raise UserError(
+                f"`chat_template_kwargs` cannot set {name!r}, which every "
+                "prompt has of its own. Leave it out."
+            )
+
+
+def _iso_date(date: str | None) -> str:
+    """The day as ISO writes it; today for None."""
+    if date is None:
+        return datetime.date.today().isoformat()
+    try:
+        return datetime.date.fromisoformat(date).isoformat()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"`date` must be a day such as '2026-11-28'. Received: {date!r}."
+        ) from error
 
 
 class _Plan(NamedTuple):

@@ -120,9 +120,10 @@ def load_tokenizer(preset: str) -> Any:
 
 
 def load_chat_format(preset: str) -> dict[str, Any]:
-    """The `chat_template` that a preset was trained with, or its family's.
+    """How a preset was trained to write messages, or its family's template.
 
-    Empty for a preset of neither; `save_policy` writes the file.
+    `chat_template` and `chat_template_kwargs`, where there are any;
+    `save_policy` writes the file.
     """
     path = pathlib.Path(preset) / CHAT_FORMAT
     if path.exists():
@@ -270,16 +271,21 @@ def _save_whole(
 
 def _save_text(preprocessor: DPOPreprocessor, directory: pathlib.Path) -> None:
     """Keep how texts and messages became ids."""
-    template = preprocessor.template if preprocessor.has_template() else None
-    tokenizer = preprocessor.tokenizer
+    tokenizer, own = preprocessor.tokenizer, {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        # With the template in use, for whoever reads these files alone.
-        kept = copy.copy(tokenizer.tokenizer)
-        kept.chat_template = template
+        kept = tokenizer.tokenizer
+        if preprocessor.chat_template != "auto":
+            kept = copy.copy(kept)
+            kept.chat_template = (
+                preprocessor.template if preprocessor.has_template() else None
+            )
         kept.save_pretrained(directory / TOKENIZER_DIRECTORY)
-    if template is not None:
-        text = json.dumps({"chat_template": template}, indent=1)
-        (directory / CHAT_FORMAT).write_text(text)
+    elif preprocessor.has_template():
+        own["chat_template"] = preprocessor.template
+    if preprocessor.chat_template_kwargs:
+        own["chat_template_kwargs"] = preprocessor.chat_template_kwargs
+    if own:
+        (directory / CHAT_FORMAT).write_text(json.dumps(own, indent=1))
 
 
 def _edit_json(path: pathlib.Path, edit: Any) -> None:

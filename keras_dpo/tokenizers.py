@@ -23,6 +23,7 @@ class TextTokenizer:
         control_tokens: Text -> id of the tokens that only a template may
             write.
         chat_template: Jinja source, or None.
+        tool_template: That for conversations with tools, where it is another.
         special_texts: Names such as `bos_token` -> text, for templates.
     """
 
@@ -32,6 +33,7 @@ class TextTokenizer:
     eos_id: int
     control_tokens: dict[str, int]
     chat_template: str | None
+    tool_template: str | None = None
     special_texts: dict[str, str]
 
     def token_ids(self) -> dict[str, int]:
@@ -86,6 +88,10 @@ class HuggingFaceTokenizer(TextTokenizer):
             if token.special
         }
         template = tokenizer.chat_template
+        if isinstance(template, dict):
+            # As transformers chooses among templates with names.
+            self.tool_template = template.get("tool_use")
+            template = template.get("default")
         self.chat_template = template if isinstance(template, str) else None
         self.special_texts = {
             key: str(value)
@@ -116,7 +122,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         return {
             "json": self.tokenizer.backend_tokenizer.to_str(),
             "special_texts": self.special_texts,
-            "chat_template": self.chat_template,
+            "chat_template": self.tokenizer.chat_template,
         }
 
     @classmethod

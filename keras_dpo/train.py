@@ -1,6 +1,7 @@
 """Config -> trained model."""
 
 import dataclasses
+import datetime
 import math
 import os
 import pathlib
@@ -46,7 +47,6 @@ from keras_dpo.redaction import without_secrets
 from keras_dpo.report import write_report
 from keras_dpo.schedules import WarmupThenDecay
 from keras_dpo.sharding import parse_mesh
-from keras_dpo.tokenizers import as_text_tokenizer
 
 
 class TrainingRun(NamedTuple):
@@ -81,7 +81,7 @@ def train(config: DPOConfig) -> TrainingRun:
 
 def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
     """Train in a directory that no other run writes to."""
-    unset, config = config, config.resolved()
+    unset, config = config, with_date_of_run(config.resolved(), directory)
     directory.mkdir(parents=True, exist_ok=True)
     if is_main_process():
         write_config(config, directory / "config.yaml")
@@ -260,6 +260,28 @@ def write_config(config: DPOConfig, path: pathlib.Path) -> None:
     write_beside(path, text.encode())
 
 
+def with_date_of_run(config: DPOConfig, directory: pathlib.Path) -> DPOConfig:
+    """The config with the day that the run began, for chat templates.
+
+    A run that goes on another day sees the prompts that it began with.
+    """
+    if config.template_date is not None:
+        return config
+    # Where the backup lies that the run goes on from, if there is one.
+    places = {"auto": [directory], "never": []}.get(
+        config.resume, list(pathlib.Path(config.resume).parents)[:2]
+    )
+    for place in places:
+        path = place / "config.yaml"
+        if path.exists() and any(place.glob("backups/[0-9]*")):
+            saved = yaml.safe_load(path.read_text())
+            date = saved.get("template_date")
+            if date is not None:
+                return dataclasses.replace(config, template_date=str(date))
+    today = datetime.date.today().isoformat()
+    return dataclasses.replace(config, template_date=today)
+
+
 def choose_attention(mechanism: str) -> None:
     """Switch Keras' flash attention, and say what runs."""
     runs = mechanism
@@ -313,32 +335,30 @@ def make_preprocessor(
     config: DPOConfig, policy: keras.Model
 ) -> DPOPreprocessor:
     """The preprocessor, with the policy's own tokenizer."""
-    return DPOPreprocessor.from_policy(
-        policy,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        max_completion_length=config.max_completion_length,
-        chat_template=config.chat_template,
-        on_overflow=config.on_overflow,
-    )
+    return DPOPreprocessor.from_policy(policy, **_text_options(config))
 
 
 def make_preprocessor_alone(config: DPOConfig) -> DPOPreprocessor:
     """The preprocessor, without loading the policy."""
-    tokenizer, template = None, config.chat_template
+    tokenizer, own = None, {}
     if config.repo_id:
-        tokenizer = as_text_tokenizer(load_tokenizer(config.repo_id))
-        if template == "auto" and tokenizer.chat_template is None:
-            saved = load_chat_format(config.repo_id)
-            template = saved.get("chat_template", template)
-    return DPOPreprocessor(
-        tokenizer,
-        config.max_length,
-        config.max_prompt_length,
-        config.max_completion_length,
-        template,
-        config.on_overflow,
+        tokenizer = load_tokenizer(config.repo_id)
+        own = load_chat_format(config.repo_id)
+    return DPOPreprocessor.from_chat_format(
+        tokenizer, own, **_text_options(config)
     )
+
+
+def _text_options(config: DPOConfig) -> dict[str, Any]:
+    return {
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "chat_template": config.chat_template,
+        "on_overflow": config.on_overflow,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "date": config.template_date,
+    }
 
 
 def make_datasets(
@@ -502,7 +522,13 @@ def wandb_run_id(directory: pathlib.Path, goes_on: bool) -> str:
 
 def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:
     """A few prompts, of rows that hold text."""
-    prompts = [r["prompt"] for r in dataset.records if "prompt" in r]
+    prompts = [
+        {"prompt": r["prompt"], "tools": r["tools"]}
+        if "tools" in r
+        else r["prompt"]
+        for r in dataset.records
+        if "prompt" in r
+    ]
     return prompts[: config.num_sample_prompts]
 
 

@@ -1,15 +1,14 @@
 """`GenerationSamples`: what the policy says now, beside the reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from keras_dpo.callbacks.after_step import AfterStep
-from keras_dpo.chat_templates import Messages
-from keras_dpo.generation import generate
+from keras_dpo.generation import generate_each, is_one_prompt
 from keras_dpo.messages import say
-from keras_dpo.preprocessor import DPOPreprocessor
+from keras_dpo.preprocessor import DPOPreprocessor, Prompt
 from keras_dpo.reference import ModelReference, SnapshotReference
 
 Samples = list[dict[str, str]]
@@ -19,7 +18,8 @@ class GenerationSamples(AfterStep):
     """Answers a few prompts every N steps, policy beside reference.
 
     Args:
-        prompts: Strings or message lists.
+        prompts: Strings, message lists, or mappings with messages as `prompt`
+            and JSON schemas as `tools`; or one of them.
         every: Optimizer steps between samples. None: when training begins
             and ends.
         preprocessor: The model's own if left out.
@@ -33,7 +33,7 @@ class GenerationSamples(AfterStep):
 
     def __init__(
         self,
-        prompts: Sequence[str | Messages],
+        prompts: Prompt | Sequence[Prompt],
         every: int | None = None,
         preprocessor: DPOPreprocessor | None = None,
         max_new_tokens: int = 64,
@@ -41,7 +41,8 @@ class GenerationSamples(AfterStep):
         on_samples: Callable[[int, Samples], None] | None = None,
     ) -> None:
         super().__init__()
-        self.prompts = list(prompts)
+        one = is_one_prompt(prompts)
+        self.prompts: list[Any] = [prompts] if one else list(prompts)
         self.every = every
         self.preprocessor = preprocessor
         self.max_new_tokens = max_new_tokens
@@ -83,7 +84,7 @@ class GenerationSamples(AfterStep):
 
 def sample_answers(
     model: Any,
-    prompts: Sequence[str | Messages],
+    prompts: Sequence[Prompt],
     preprocessor: DPOPreprocessor | None = None,
     max_new_tokens: int = 64,
     sampler: Any = "greedy",
@@ -94,7 +95,9 @@ def sample_answers(
         return []
 
     def answer(policy: keras.Model) -> list[str]:
-        return generate(policy, preprocessor, prompts, max_new_tokens, sampler)
+        return generate_each(
+            policy, preprocessor, prompts, max_new_tokens, sampler
+        )
 
     columns = {"policy": answer(model.policy)}
     reference = model._ensure_reference()
@@ -119,6 +122,7 @@ def sample_answers(
     ]
 
 
-def prompt_text(prompt: str | Messages) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string to show: its last turn."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    turns: Any = prompt["prompt"] if isinstance(prompt, Mapping) else prompt
+    return turns if isinstance(turns, str) else turns[-1]["content"]

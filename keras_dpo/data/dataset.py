@@ -8,7 +8,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dpo.data.layouts import Record
 from keras_dpo.data.order import balanced_batches, batches_of_buckets
 from keras_dpo.data.packing import (
     Packing,
@@ -20,6 +19,7 @@ from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.data.reading import PairReader
 from keras_dpo.data.records import DataReport
 from keras_dpo.data.sources import open_rows
+from keras_dpo.data.values import Record
 from keras_dpo.distribution import (
     WHOLE_BATCH,
     BatchShare,
@@ -28,6 +28,7 @@ from keras_dpo.distribution import (
 )
 from keras_dpo.errors import UserError
 from keras_dpo.messages import say
+from keras_dpo.positions import num_positions
 from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
 
 DEFAULT_BATCH_SIZE = 16
@@ -437,6 +438,7 @@ class PreferenceDataset(keras.utils.PyDataset):
                 f"accumulation steps x {data_parallel_size()} data-parallel "
                 f"devices. Use a multiple of {parts}."
             )
+        self._check_positions(model)
         vocabulary = vocabulary_size(model.policy)
         tokenizer = self.preprocessor.tokenizer
         if vocabulary is not None:
@@ -463,11 +465,40 @@ class PreferenceDataset(keras.utils.PyDataset):
                 "`weight` column or use another loss."
             )
         stored = isinstance(model.reference, PrecomputedReference)
-        if stored and self.reference_is_summed and loss.needs_token_log_probs:
+        by_token = {
+            "ld_alpha": loss.needs_token_log_probs,
+            "The metric kl": "kl" in model._optional_metrics,
+        }
+        for name, needed in by_token.items():
+            if stored and self.reference_is_summed and needed:
+                raise UserError(
+                    f"{name} needs reference log-probs of every token, and the "
+                    "data holds those of whole completions. Leave "
+                    f"{name.split()[-1]} out, or let the reference be computed."
+                )
+
+    def _check_positions(self, model: Any) -> None:
+        """Raise where a pair is longer than a model's table of positions."""
+        from keras_dpo.reference import ModelReference
+
+        models = [model.policy]
+        if isinstance(model.reference, ModelReference):
+            models.append(model.reference.model)
+        known = [x for x in map(num_positions, models) if x is not None]
+        lengths = self.pairs.sequence_lengths
+        longest = int(lengths.argmax())
+        padded = 0 if model.execution.in_rows else self.shapes[-1][0]
+        if known and lengths[longest] > min(known):
             raise UserError(
-                "ld_alpha needs reference log-probs of every token, and the "
-                "data holds those of whole completions. Leave ld_alpha out, "
-                "or let the reference be computed."
+                f"Row {self.report.rows[longest]} has {lengths[longest]} "
+                f"tokens, and the model knows {min(known)} positions. Lower "
+                f"max_length to {min(known)}, or leave the row out."
+            )
+        if known and padded > min(known):
+            raise UserError(
+                "Rows must be padded to no more than the model's positions. "
+                f"Received: a bucket of {padded} tokens, {min(known)} "
+                f"positions. Pass buckets that end with {min(known)}."
             )
 
 

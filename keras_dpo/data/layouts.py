@@ -1,44 +1,65 @@
 """The layouts that preference data comes in, one small function each.
 
 `LAYOUTS` is searched in order; the first whose test holds for the first row
-is taken for all rows.
+is taken for all rows. `settle` makes a `Form` of it: which columns are read,
+and whether the rows are chats or plain text. Both are facts of the columns and
+never of a row's cells, so an empty cell changes no row's format.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from keras_dpo.data.values import (
+    SYSTEM_ROLES,
+    Message,
+    Record,
+    Row,
+    RowError,
+    TieError,
+    binary_choice,
+    common_turns,
+    finite_number,
+    is_empty,
+    is_messages,
+    messages,
+    starts_with,
+    text,
+    tools,
+)
 from keras_dpo.errors import UserError
 
-Row = Mapping[str, Any]
-Record = dict[str, Any]
-
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "history")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ASSISTANT_MARK = "\n\nAssistant:"
 # Layouts with two answers and a label: answers, label, label -> signed
 # preference, positive where the first answer is better.
 AB_LAYOUTS = (
-    ("response1", "response2", "overall_preference", lambda x: -x),
-    ("response_1", "response_2", "preference_strength", lambda x: -x),
-    ("human_ref_A", "human_ref_B", "labels", lambda x: 2 * x - 1),
-    ("response_0", "response_1", "better_response_id", lambda x: 1 - 2 * x),
+    (
+        "response1",
+        "response2",
+        "overall_preference",
+        lambda x, field: -finite_number(x, field),
+    ),
+    (
+        "response_1",
+        "response_2",
+        "preference_strength",
+        lambda x, field: -finite_number(x, field),
+    ),
+    (
+        "human_ref_A",
+        "human_ref_B",
+        "labels",
+        lambda x, field: 2 * binary_choice(x, field) - 1,
+    ),
+    (
+        "response_0",
+        "response_1",
+        "better_response_id",
+        lambda x, field: 1 - 2 * binary_choice(x, field),
+    ),
 )
-
-
-class RowError(UserError):
-    """A row does not hold what its layout needs."""
-
-    def __init__(self, field: str, needed: str, received: Any) -> None:
-        shown = repr(received)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        super().__init__(
-            f"field {field!r} must be {needed}. Received: {shown}."
-        )
-
-
-class TieError(UserError):
-    """Neither answer of a row is better."""
+SCORE_NAMES = ("overall_score", "score", "rating")
 
 
 class Layout(NamedTuple):
@@ -47,91 +68,193 @@ class Layout(NamedTuple):
     Args:
         name: For the report.
         fits: Whether a row is written this way.
-        convert: A row, and whether to make all pairs of a ranked list, ->
-            records.
-        columns: The columns it may read.
+        convert: A row and the dataset's form -> records.
+        columns: Columns that it always reads, where they are there.
+        parts: What it also takes: `prompt` (one of `PROMPT_COLUMNS` with
+            `input` and `history`), `system`.
+        is_chat: Whether its rows are messages in any case.
     """
 
     name: str
     fits: Callable[[Row], bool]
-    convert: Callable[[Row, bool], list[Record]]
+    convert: Callable[[Row, "Form"], list[Record]]
     columns: tuple[str, ...]
+    parts: tuple[str, ...] = ("system",)
+    is_chat: bool = False
 
 
-# --- Values -------------------------------------------------------------
+class Form(NamedTuple):
+    """How all rows of a dataset are read; settled by the first row's columns.
+
+    Args:
+        layout: The layout.
+        is_chat: Whether records are messages, for the chat template.
+        columns: Every column that is read.
+        prompt: The column of the prompt's text.
+        system: The column of the system text, if there is one.
+        context: Whether `context` holds the prompt as messages.
+        labels: The entry of `AB_LAYOUTS`, where there is a label.
+        every: Whether a ranked list gives all its pairs.
+    """
+
+    layout: Layout
+    is_chat: bool
+    columns: frozenset[str]
+    prompt: str
+    system: str | None
+    context: bool
+    labels: tuple[Any, ...] | None
+    every: bool = False
 
 
-def text(row: Row, field: str) -> str:
-    """A string field, or an error that names it."""
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise RowError(field, "a string", value)
-    return value
+def settle(row: Row, every: bool = False) -> Form:
+    """The form of a dataset that begins with this row.
 
+    Args:
+        row: The first row.
+        every: Whether a ranked list gives all its pairs.
 
-def is_messages(value: Any) -> bool:
-    """Whether a value is a list of messages, in either spelling."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(x, Mapping) for x in value)
-        and ("role" in value[0] or "from" in value[0])
+    Raises:
+        ValueError: No layout fits; the message lists the row's columns.
+    """
+    layout = detect(row)
+    read = set(layout.columns)
+    prompt, system, context, labels = "prompt", None, False, None
+    is_chat = layout.is_chat
+    if "system" in layout.parts:
+        system = next((name for name in SYSTEM_COLUMNS if name in row), None)
+    if layout.convert is from_ab:
+        labels = next(x for x in AB_LAYOUTS if _has_ab(row, x))
+        read |= {*labels[:3], "score_ratio"}
+        no_prompt = not any(name in row for name in PROMPT_COLUMNS)
+        context = "context" in row and (
+            no_prompt or is_messages(row["context"])
+        )
+    if context:
+        read.add("context")
+    elif "prompt" in layout.parts:
+        prompt = next((x for x in PROMPT_COLUMNS if x in row), prompt)
+        prompt = "question" if layout.convert is from_ordered else prompt
+        read.add(prompt)
+        if prompt == "instruction":
+            read.add("input")
+        if prompt != "history":
+            read.add("history")
+            is_chat = is_chat or "history" in row
+    if system:
+        read.add(system)
+    is_chat = is_chat or context or system is not None
+    if is_chat:
+        read.add("tools")
+    columns = frozenset(read)
+    return Form(
+        layout, is_chat, columns, prompt, system, context, labels, every
     )
 
 
-def messages(value: Any, field: str) -> list[dict[str, str]]:
-    """A message or list of messages as `{"role", "content"}` dicts."""
-    value = [value] if isinstance(value, Mapping) else value
-    if not isinstance(value, list) or not value:
-        raise RowError(field, "a list of messages", value)
-    normal = []
-    for message in value:
-        if not isinstance(message, Mapping):
-            raise RowError(field, "a list of messages", message)
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list):
-            content = _joined_parts(content, field)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise RowError(
-                field, "messages with a role and a text content", message
-            )
-        normal.append({"role": ROLES.get(role, role), "content": content})
-    return normal
+def columns_of(row: Row, form: Form) -> set[str]:
+    """Names of the row's columns, and of what an API row's input holds."""
+    names = set(row)
+    inner = row.get("input")
+    if form.layout.convert is from_api and isinstance(inner, Mapping):
+        names |= {f"input.{name}" for name in inner}
+        names -= {"input.messages", "input.tools"}
+    return names
 
 
-def _joined_parts(parts: list[Any], field: str) -> str:
-    for part in parts:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise RowError(field, "messages of text parts only", part)
-    return "".join(str(part["text"]) for part in parts)
+def check_form(form: Form, first: Row, row: Row) -> None:
+    """Raise where a later row has a column that the first row lacks, and that
+    would have settled another form."""
+    new = {
+        name: value
+        for name, value in row.items()
+        if name not in first and not is_empty(value)
+    }
+    if not new:
+        return
+    other = settle({**first, **new}, form.every)
+    if other._replace(columns=form.columns) != form:
+        names = ", ".join(map(repr, new))
+        raise UserError(
+            "every row must have the columns that say how rows are laid out. "
+            f"Received: {names}, which row 0 lacks. Give row 0 the same "
+            'columns, such as "system": "" where it has none.'
+        )
 
 
-def chat(
-    row: Row, prompt: str | list[dict[str, str]], answers: tuple[str, str]
+# --- Prompts and answers ----------------------------------------------------
+
+
+def asked(row: Row, form: Form) -> str | list[Message]:
+    """The prompt: a string, or messages where the dataset is a chat."""
+    if form.context:
+        return with_system(row, form, messages(row.get("context"), "context"))
+    if is_messages(row.get("context")) and form.labels is not None:
+        raise RowError("context", "as in row 0, no messages", row["context"])
+    prompt = text(row, form.prompt)
+    if form.prompt == "instruction" and not is_empty(row.get("input")):
+        prompt = f"{prompt}\n{text(row, 'input')}"
+    if not form.is_chat:
+        return prompt
+    past = past_turns(row) if form.prompt != "history" else []
+    turns = [*past, {"role": "user", "content": prompt}]
+    return with_system(row, form, turns)
+
+
+def past_turns(row: Row) -> list[Message]:
+    """Messages of `history`, a list of [user, assistant]."""
+    turns = row.get("history")
+    if is_empty(turns):
+        return []
+    if not isinstance(turns, list):
+        raise RowError("history", "a list of [user, assistant]", turns)
+    past = []
+    for turn in turns:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RowError("history", "a list of [user, assistant]", turn)
+        for role, content in zip(("user", "assistant"), turn, strict=True):
+            if not isinstance(content, str):
+                raise RowError("history", "made of strings", content)
+            past.append({"role": role, "content": content})
+    return past
+
+
+def with_system(row: Row, form: Form, turns: list[Message]) -> list[Message]:
+    """The conversation with the row's system text in front."""
+    if form.system is None or is_empty(row.get(form.system)):
+        return turns
+    system = text(row, form.system)
+    if turns[0]["role"] not in SYSTEM_ROLES:
+        return [{"role": "system", "content": system}, *turns]
+    if turns[0]["content"].strip() != system.strip():
+        raise RowError(
+            form.system,
+            "the text of the system message that the messages begin with, or "
+            "empty",
+            system,
+        )
+    return turns
+
+
+def pair(
+    row: Row, form: Form, prompt: Any, chosen: Any, rejected: Any
 ) -> Record:
-    """A record of messages, with the row's system text in front."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    for field in SYSTEM_COLUMNS:
-        if row.get(field) and prompt[0]["role"] != "system":
-            system = {"role": "system", "content": text(row, field)}
-            prompt = [system, *prompt]
-    chosen, rejected = (
-        [{"role": "assistant", "content": answer}] for answer in answers
-    )
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def has_system(row: Row) -> bool:
-    """Whether the row has a system text, so that messages must hold it."""
-    return any(row.get(field) for field in SYSTEM_COLUMNS)
+    """A record; answers that are strings become turns of a chat."""
+    answers = [
+        [{"role": "assistant", "content": answer}]
+        if form.is_chat and isinstance(answer, str)
+        else answer
+        for answer in (chosen, rejected)
+    ]
+    record = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    schemas = tools(row.get("tools"), "tools") if form.is_chat else []
+    return {**record, "tools": schemas} if schemas else record
 
 
 # --- Layouts --------------------------------------------------------------
 
 
-def from_ids(row: Row, every: bool) -> list[Record]:
+def from_ids(row: Row, form: Form) -> list[Record]:
     """Token ids pass through untouched."""
     record = {}
     for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -144,37 +267,30 @@ def from_ids(row: Row, every: bool) -> list[Record]:
     return [record]
 
 
-def from_sharegpt(row: Row, every: bool) -> list[Record]:
+def from_sharegpt(row: Row, form: Form) -> list[Record]:
     """`conversations` and one chosen and rejected message."""
-    prompt = messages(row["conversations"], "conversations")
-    if has_system(row) and prompt[0]["role"] != "system":
-        prompt = chat(row, prompt, ("", ""))["prompt"]
-    return [
-        {
-            "prompt": prompt,
-            "chosen": messages(row.get("chosen"), "chosen"),
-            "rejected": messages(row.get("rejected"), "rejected"),
-        }
-    ]
+    prompt = messages(row.get("conversations"), "conversations")
+    chosen = messages(row.get("chosen"), "chosen")
+    rejected = messages(row.get("rejected"), "rejected")
+    return [_conversation(row, form, prompt, chosen, rejected)]
 
 
-def from_api(row: Row, every: bool) -> list[Record]:
+def from_api(row: Row, form: Form) -> list[Record]:
     """OpenAI's preference rows."""
-    source = row["input"]
+    source = row.get("input")
     if not isinstance(source, Mapping):
         raise RowError("input", "a mapping with messages", source)
-    return [
-        {
-            "prompt": messages(source.get("messages"), "input.messages"),
-            "chosen": messages(row.get("preferred_output"), "preferred_output"),
-            "rejected": messages(
-                row.get("non_preferred_output"), "non_preferred_output"
-            ),
-        }
-    ]
+    prompt = messages(source.get("messages"), "input.messages")
+    fields = ("preferred_output", "non_preferred_output")
+    chosen, rejected = (messages(row.get(field), field) for field in fields)
+    if not is_empty(source.get("tools")):
+        if not is_empty(row.get("tools")):
+            raise RowError("tools", "given once, not in `input` too", "both")
+        row = {**row, "tools": source["tools"]}
+    return [_conversation(row, form, prompt, chosen, rejected, fields)]
 
 
-def from_messages(row: Row, every: bool) -> list[Record]:
+def from_messages(row: Row, form: Form) -> list[Record]:
     """Message lists, with the prompt in them, beside them or both."""
     chosen = messages(row.get("chosen"), "chosen")
     rejected = messages(row.get("rejected"), "rejected")
@@ -182,83 +298,76 @@ def from_messages(row: Row, every: bool) -> list[Record]:
     if isinstance(given, list):
         prompt = messages(given, "prompt")
         size = len(prompt)
-        if chosen[:size] == prompt and rejected[:size] == prompt:
-            chosen, rejected = chosen[size:], rejected[size:]
-    elif given and chosen[0]["role"] == "assistant":
-        return [
-            {
-                "prompt": chat(row, text(row, "prompt"), ("", ""))["prompt"],
-                "chosen": chosen,
-                "rejected": rejected,
-            }
+        repeat = [
+            len(turns) > size and starts_with(turns, prompt)
+            for turns in (chosen, rejected)
         ]
+        if all(repeat):
+            chosen, rejected = chosen[size:], rejected[size:]
+        elif any(repeat):
+            field = "rejected" if repeat[0] else "chosen"
+            raise RowError(
+                field, "with the turns of `prompt`, as its partner", row[field]
+            )
+    elif not is_empty(given) and chosen[0]["role"] == "assistant":
+        prompt = [{"role": "user", "content": text(row, "prompt")}]
     else:
         # The prompt is the common leading turns; a prompt string beside full
         # message lists only repeats the last user turn.
         size = common_turns(chosen, rejected)
         prompt = chosen[:size]
         chosen, rejected = chosen[size:], rejected[size:]
-    if not prompt:
-        raise RowError("chosen", "messages that start like `rejected`", chosen)
-    for field, rest in (("chosen", chosen), ("rejected", rejected)):
-        if not rest or rest[-1]["role"] != "assistant":
-            raise RowError(field, "messages that end with the assistant", rest)
-    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
+        if not prompt:
+            wanted = "messages that start like `rejected`"
+            raise RowError("chosen", wanted, chosen)
+    return [_conversation(row, form, prompt, chosen, rejected)]
 
 
-def common_turns(
-    chosen: list[dict[str, str]], rejected: list[dict[str, str]]
-) -> int:
-    """Leading turns in common, up to the last user turn among them."""
-    size = 0
-    while size < min(len(chosen), len(rejected)) - 1 and (
-        chosen[size] == rejected[size]
+def repeats_its_prompt(row: Row, record: Record) -> bool:
+    """Whether a prompt beside whole conversations is a turn of theirs."""
+    given = row.get("prompt")
+    if (
+        not isinstance(given, str)
+        or not given
+        or not is_messages(record["prompt"])
     ):
-        size += 1
-    # An identical assistant turn at the end is an answer, not a prompt.
-    while size and chosen[size - 1]["role"] == "assistant":
-        size -= 1
-    return size
+        return True
+    said = [turn["content"].split() for turn in record["prompt"]]
+    return given.split() in [*said, [word for part in said for word in part]]
 
 
-def from_strings(row: Row, every: bool) -> list[Record]:
+def _conversation(
+    row: Row,
+    form: Form,
+    prompt: list[Message],
+    chosen: list[Message],
+    rejected: list[Message],
+    fields: tuple[str, str] = ("chosen", "rejected"),
+) -> Record:
+    for field, turns in zip(fields, (chosen, rejected), strict=True):
+        if not turns or turns[-1]["role"] != "assistant":
+            raise RowError(field, "messages that end with the assistant", turns)
+        if turns[0]["role"] != "assistant":
+            raise RowError(
+                field,
+                "messages that begin with the prompt or the assistant",
+                turns,
+            )
+    return pair(row, form, with_system(row, form, prompt), chosen, rejected)
+
+
+def from_strings(row: Row, form: Form) -> list[Record]:
     """Strings with a prompt column, and perhaps a system text or history."""
     answers = (text(row, "chosen"), text(row, "rejected"))
-    field = next(name for name in PROMPT_COLUMNS if name in row)
-    turns = row.get("history")
-    prompt = "" if field == "history" else text(row, field)
-    if field == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n{text(row, 'input')}"
-    if isinstance(turns, list) and (turns or field != "history"):
-        past = []
-        for turn in turns:
-            if not isinstance(turn, list) or len(turn) != 2:
-                raise RowError("history", "a list of [user, assistant]", turn)
-            for role, content in zip(("user", "assistant"), turn, strict=True):
-                if not isinstance(content, str):
-                    raise RowError("history", "made of strings", content)
-                past.append({"role": role, "content": content})
-        if past or has_system(row):
-            user = {"role": "user", "content": prompt}
-            return [chat(row, [*past, user], answers)]
-    elif field == "history":
-        prompt = text(row, "history")
-    if has_system(row):
-        return [chat(row, prompt, answers)]
-    return [
-        dict(
-            zip(
-                ("prompt", "chosen", "rejected"),
-                (prompt, *answers),
-                strict=True,
-            )
-        )
-    ]
+    return [pair(row, form, asked(row, form), *answers)]
 
 
-def from_transcript(row: Row, every: bool) -> list[Record]:
+def from_transcript(row: Row, form: Form) -> list[Record]:
     """HH transcripts: the last assistant mark is the boundary."""
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    for field in SYSTEM_COLUMNS:
+        if not is_empty(row.get(field)):
+            raise RowError(field, "empty beside transcripts", row[field])
     prompt, mark, answer = chosen.rpartition(ASSISTANT_MARK)
     other_prompt, other_mark, other = rejected.rpartition(ASSISTANT_MARK)
     if not (mark and other_mark):
@@ -273,7 +382,7 @@ def from_transcript(row: Row, every: bool) -> list[Record]:
         prompt, answer, other = _split_at_common_turn(chosen, rejected)
     else:
         prompt += mark
-    return [{"prompt": prompt, "chosen": answer, "rejected": other}]
+    return [pair(row, form, prompt, answer, other)]
 
 
 def _split_at_common_turn(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -291,110 +400,83 @@ def _split_at_common_turn(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[: ends[-1]], chosen[ends[-1] :], rejected[ends[-1] :]
 
 
-def from_ordered(row: Row, every: bool) -> list[Record]:
+def from_ordered(row: Row, form: Form) -> list[Record]:
     """`response_j` is better than `response_k`."""
-    return [
-        {
-            "prompt": text(row, "question"),
-            "chosen": text(row, "response_j"),
-            "rejected": text(row, "response_k"),
-        }
-    ]
+    answers = (text(row, "response_j"), text(row, "response_k"))
+    return [pair(row, form, asked(row, form), *answers)]
 
 
-def from_ab(row: Row, every: bool) -> list[Record]:
+def from_ab(row: Row, form: Form) -> list[Record]:
     """Two answers and a label or a signed strength."""
-    first, second, field, sign = next(
-        layout for layout in AB_LAYOUTS if _has_ab(row, layout)
-    )
-    label = row[field]
-    if not isinstance(label, int | float):
-        raise RowError(field, "a number", label)
-    answers = (text(row, first), text(row, second))
-    return [_labelled(row, answers, sign(label))]
+    first, second, field, sign = form.labels or AB_LAYOUTS[0]
+    preference = sign(row.get(field), field)
+    answers = [text(row, first), text(row, second)]
+    if preference == 0:
+        raise TieError
+    if preference < 0:
+        answers.reverse()
+    record = pair(row, form, asked(row, form), *answers)
+    margin = abs(preference)
+    if row.get("score_ratio") is not None:
+        margin = finite_number(row["score_ratio"], "score_ratio")
+    return [{**record, "margin": float(margin)}]
 
 
 def _has_ab(row: Row, layout: tuple[Any, ...]) -> bool:
     return all(name in row for name in layout[:3])
 
 
-def _labelled(row: Row, answers: tuple[str, str], preference: float) -> Record:
-    if preference == 0:
-        raise TieError
-    if preference < 0:
-        answers = (answers[1], answers[0])
-    if is_messages(row.get("context")):
-        record = chat(row, messages(row["context"], "context"), answers)
-    else:
-        field = next((f for f in PROMPT_COLUMNS if f in row), "prompt")
-        prompt = text(row, field)
-        record = {
-            "prompt": prompt,
-            "chosen": answers[0],
-            "rejected": answers[1],
-        }
-    margin = row.get("score_ratio", abs(preference))
-    return {**record, "margin": float(margin)}
-
-
-def from_summaries(row: Row, every: bool) -> list[Record]:
+def from_summaries(row: Row, form: Form) -> list[Record]:
     """Two summaries of a post and the choice, 0 or 1."""
-    info, summaries = row["info"], row["summaries"]
+    info, summaries = row.get("info"), row.get("summaries")
     good = (
         isinstance(info, Mapping)
         and isinstance(summaries, list)
         and len(summaries) == 2
         and all(isinstance(x, Mapping) for x in summaries)
     )
-    if not good:
+    if not isinstance(info, Mapping) or not good:
         raise RowError("summaries", "two mappings with a text", summaries)
-    if row.get("choice") not in (0, 1):
-        raise RowError("choice", "0 or 1", row.get("choice"))
+    choice = binary_choice(row.get("choice"), "choice")
     body = info.get("post") or info.get("article")
     if not isinstance(body, str):
         raise RowError("info", "a mapping with a post or an article", info)
     title = f"Title: {info['title']}\n\n" if info.get("title") else ""
-    texts = [text(summary, "text") for summary in summaries]
-    choice = row["choice"]
-    return [
-        {
-            "prompt": f"{title}{body}\n\nTL;DR:",
-            "chosen": texts[choice],
-            "rejected": texts[1 - choice],
-        }
-    ]
+    texts = [text(summary, "text") for summary in summaries or ()]
+    prompt: Any = f"{title}{body}\n\nTL;DR:"
+    if form.is_chat:
+        turns = [{"role": "user", "content": prompt}]
+        prompt = with_system(row, form, turns)
+    return [pair(row, form, prompt, texts[choice], texts[1 - choice])]
 
 
-def from_ranked(row: Row, every: bool) -> list[Record]:
+def from_ranked(row: Row, form: Form) -> list[Record]:
     """A list of scored answers: the best against the worst, or all pairs."""
-    completions = row["completions"]
+    completions = row.get("completions")
     if not isinstance(completions, list) or len(completions) < 2:
         raise RowError("completions", "a list of two or more", completions)
-    scored = []
     for completion in completions:
         if not isinstance(completion, Mapping):
             raise RowError("completions", "made of mappings", completion)
-        names = ("overall_score", "score", "rating")
-        score = next((completion[n] for n in names if n in completion), None)
-        if not isinstance(score, int | float):
-            raise RowError("completions", "scored with numbers", score)
-        scored.append((float(score), text(completion, "response")))
-    scored.sort(key=lambda pair: -pair[0])
+    # One name for all: scores under two names are no order.
+    name = next((n for n in SCORE_NAMES if n in completions[0]), "score")
+    scored = [
+        (
+            finite_number(item.get(name), f"completions.{name}"),
+            text(item, "response"),
+        )
+        for item in completions
+    ]
+    scored.sort(key=lambda answer: -answer[0])
     pairs = [(scored[0], scored[-1])]
-    if every:
+    if form.every:
         pairs = [(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
     pairs = [(a, b) for a, b in pairs if a[0] != b[0]]
     if not pairs:
         raise TieError
-    field = next((f for f in PROMPT_COLUMNS if f in row), "prompt")
-    prompt = text(row, field)
+    prompt = asked(row, form)
     return [
-        {
-            "prompt": prompt,
-            "chosen": a[1],
-            "rejected": b[1],
-            "margin": a[0] - b[0],
-        }
+        {**pair(row, form, prompt, a[1], b[1]), "margin": a[0] - b[0]}
         for a, b in pairs
     ]
 
@@ -403,37 +485,34 @@ def _both(row: Row, test: Callable[[Any], bool]) -> bool:
     return test(row.get("chosen")) or test(row.get("rejected"))
 
 
-STRING_COLUMNS = (
-    *PROMPT_COLUMNS,
-    *SYSTEM_COLUMNS,
-    "input",
-    "chosen",
-    "rejected",
-)
 LAYOUTS = (
     Layout(
         "token ids",
         lambda row: "chosen_ids" in row or "prompt_ids" in row,
         from_ids,
         ("prompt_ids", "chosen_ids", "rejected_ids"),
+        (),
     ),
     Layout(
         "ShareGPT conversations",
         lambda row: "conversations" in row and "chosen" in row,
         from_sharegpt,
-        ("conversations", *STRING_COLUMNS),
+        ("conversations", "chosen", "rejected"),
+        is_chat=True,
     ),
     Layout(
         "API preference rows",
         lambda row: "input" in row and "preferred_output" in row,
         from_api,
         ("input", "preferred_output", "non_preferred_output"),
+        is_chat=True,
     ),
     Layout(
         "message lists",
         lambda row: _both(row, is_messages),
         from_messages,
-        STRING_COLUMNS,
+        ("prompt", "chosen", "rejected"),
+        is_chat=True,
     ),
     Layout(
         "strings with a prompt",
@@ -443,30 +522,29 @@ LAYOUTS = (
             and any(name in row for name in PROMPT_COLUMNS)
         ),
         from_strings,
-        STRING_COLUMNS,
+        ("chosen", "rejected"),
+        ("prompt", "system"),
     ),
     Layout(
         "transcripts",
         lambda row: "chosen" in row and "rejected" in row,
         from_transcript,
-        ("chosen", "rejected"),
+        ("chosen", "rejected", *SYSTEM_COLUMNS),
+        (),
     ),
     Layout(
         "ordered answers",
         lambda row: {"question", "response_j", "response_k"} <= set(row),
         from_ordered,
-        ("question", "response_j", "response_k"),
+        ("response_j", "response_k"),
+        ("prompt", "system"),
     ),
     Layout(
         "two answers and a label",
         lambda row: any(_has_ab(row, layout) for layout in AB_LAYOUTS),
         from_ab,
-        (
-            *STRING_COLUMNS,
-            "context",
-            "score_ratio",
-            *(name for layout in AB_LAYOUTS for name in layout[:3]),
-        ),
+        (),
+        ("prompt", "system"),
     ),
     Layout(
         "two summaries and a choice",
@@ -478,7 +556,8 @@ LAYOUTS = (
         "scored answers",
         lambda row: "completions" in row,
         from_ranked,
-        (*STRING_COLUMNS, "completions"),
+        ("completions",),
+        ("prompt", "system"),
     ),
 )
 

@@ -2,16 +2,16 @@
 
 import hashlib
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import jax
 import keras
 
-from keras_dpo.data.layouts import Record
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.records import DataReport, each_record
+from keras_dpo.data.records import DataReport, each_record, settle_form
 from keras_dpo.data.sources import Rows
+from keras_dpo.data.values import Record
 from keras_dpo.distribution import of_all_processes
 from keras_dpo.errors import UserError
 from keras_dpo.preprocessor import (
@@ -50,6 +50,7 @@ class PairReader:
         self.records: list[Record] = []
         self._preprocessor = preprocessor
         self._column_map, self._ranked = column_map, ranked
+        self._settled: Any = None
 
     def read_all(self, verbose: bool) -> TokenizedPairs:
         """The pairs of all rows; the report's `rows` are theirs.
@@ -78,9 +79,13 @@ class PairReader:
             ValueError: A row is broken, on any process, or processes read
                 other rows.
         """
-        rows = islice(iter(self.rows), first, None)
         numbered = each_record(
-            rows, self.report, self._column_map, self._ranked, first
+            self._rows_from(first),
+            self.report,
+            self._column_map,
+            self._ranked,
+            first,
+            self._settled,
         )
         # Not `process_count` alone, which would begin JAX: devices are chosen
         # later.
@@ -110,6 +115,15 @@ class PairReader:
                 )
                 bar.update(report.num_rows)
 
+    def _rows_from(self, first: int) -> Iterator[Any]:
+        """The rows from one on; row 0 settles the form, wherever that is."""
+        rows = iter(self.rows)
+        if self._settled is None:
+            row = next(rows)
+            self._settled = settle_form(row, self._column_map, self._ranked)
+            rows = chain([row], rows)
+        return islice(rows, first, None)
+
     def _tokenize(
         self, part: list[tuple[int, Record]], processes: int
     ) -> list[Tokenized]:
@@ -122,7 +136,7 @@ class PairReader:
         failure, pairs = None, []
         try:
             pairs = self._preprocessor.tokenize(records[own], numbers[own])
-        except ValueError as error:
+        except UserError as error:
             # The others wait for this process.
             failure = str(error)
         digest = hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest()
@@ -145,6 +159,9 @@ def _empty_answers(record: Record) -> int:
     for side in ("chosen", "rejected"):
         answer = record.get(side, "x")
         if isinstance(answer, list):
-            answer = "".join(message["content"] for message in answer)
+            answer = "".join(
+                message["content"] + "calls" * ("tool_calls" in message)
+                for message in answer
+            )
         count += not answer.strip()
     return count

@@ -4,7 +4,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 from keras_dpo.data import layouts
-from keras_dpo.data.layouts import Record, Row, RowError, TieError
+from keras_dpo.data.values import (
+    Record,
+    Row,
+    RowError,
+    TieError,
+    is_empty,
+)
 from keras_dpo.errors import UserError
 
 EXTRA_FIELDS = (
@@ -23,6 +29,17 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+# Columns that say what an answer is about, where nothing reads them.
+CONTEXT_COLUMNS = {
+    "tools": "tools",
+    "images": "images",
+    "image": "images",
+    "videos": "videos",
+    "video": "videos",
+    "audios": "sounds",
+    "audio": "sounds",
+}
+READ_ALWAYS = {*EXTRA_FIELDS, *(x for names in SCORE_COLUMNS for x in names)}
 
 
 @dataclasses.dataclass
@@ -34,6 +51,7 @@ class DataReport:
         num_rows: Rows read.
         dropped: Cause -> numbers of the rows dropped for it.
         unused_columns: Columns that nothing reads.
+        unseen_columns: Those of them that hold tools, images and the like.
         rows: The row number of every record.
         counts: Cause -> number of rows, for what was changed but kept.
         example: One record as it was understood.
@@ -43,6 +61,7 @@ class DataReport:
     num_rows: int = 0
     dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     unused_columns: list[str] = dataclasses.field(default_factory=list)
+    unseen_columns: list[str] = dataclasses.field(default_factory=list)
     rows: list[int] = dataclasses.field(default_factory=list)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     example: Record | None = None
@@ -64,9 +83,24 @@ class DataReport:
             more = ", ..." if len(rows) > 5 else ""
             lines.append(f"Dropped: {len(rows)} {cause} (rows {shown}{more})")
         lines += [f"Note: {n} {cause}" for cause, n in self.counts.items()]
-        if self.unused_columns:
-            lines.append(f"Unused columns: {', '.join(self.unused_columns)}")
+        lines += [
+            f"Warning: the {CONTEXT_COLUMNS[name]} of {name!r} are not seen by "
+            "the model"
+            for name in self.unseen_columns
+        ]
+        unused = sorted({*self.unused_columns} - {*self.unseen_columns})
+        if unused:
+            lines.append(f"Unused columns: {', '.join(unused)}")
         return lines
+
+    def note_unused(self, row: Row, names: set[str]) -> None:
+        """Remember columns that nothing reads."""
+        if not names.issubset(self.unused_columns):
+            self.unused_columns = sorted({*self.unused_columns, *names})
+        for name in sorted(names & CONTEXT_COLUMNS.keys()):
+            holds = not is_empty(row[name]) and row[name] != "[]"
+            if holds and name not in self.unseen_columns:
+                self.unseen_columns.append(name)
 
 
 def normalize_records(
@@ -84,9 +118,11 @@ def normalize_records(
 
     Returns:
         Records with `prompt`, `chosen`, `rejected`, all strings or all lists
-        of `{"role", "content"}`, and the optional `weight`, `margin`,
-        `reference_chosen_log_prob`, `reference_rejected_log_prob`. Tokenised
-        rows keep `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        of messages: mappings with `role`, `content` and all else that was
+        found, such as `tool_calls`. Optional are `tools`, a list of JSON
+        schemas, `weight`, `margin`, `reference_chosen_log_prob` and
+        `reference_rejected_log_prob`. Tokenised rows keep `prompt_ids`,
+        `chosen_ids` and `rejected_ids`.
 
     Raises:
         ValueError: No layout fits, or a row is broken; it is named.
@@ -104,62 +140,81 @@ def normalize_records(
     return [record for _, record in numbered], report
 
 
+def settle_form(
+    row: Row,
+    column_map: Mapping[str, str] | None = None,
+    ranked: str = "best_vs_worst",
+) -> tuple[layouts.Form, Row]:
+    """How the rows of a dataset are read, and its first row."""
+    if ranked not in ("best_vs_worst", "all"):
+        raise UserError(
+            "`ranked` must be 'best_vs_worst' or 'all'. Received: "
+            f"ranked={ranked!r}."
+        )
+    row = _renamed(row, 0, column_map)
+    return layouts.settle(row, ranked == "all"), row
+
+
 def each_record(
     rows: Iterable[Row],
     report: DataReport,
     column_map: Mapping[str, str] | None = None,
     ranked: str = "best_vs_worst",
     first: int = 0,
+    settled: tuple[layouts.Form, Row] | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """(row number, record) one by one; see `normalize_records`.
 
     What happened on the way is written into the report; its `rows` are left
-    to the caller. `first` is the number of the first row.
+    to the caller. `first` is the number of the first row, and `settled` what
+    `settle_form` gave for row 0.
     """
-    if ranked not in ("best_vs_worst", "all"):
-        raise UserError(
-            "`ranked` must be 'best_vs_worst' or 'all'. Received: "
-            f"ranked={ranked!r}."
-        )
-    layout = None
-    unused: set[str] = set()
-    scores = [name for pair in SCORE_COLUMNS for name in pair]
+    judged: set[str] = set()
     for number, row in enumerate(rows, first):
+        if settled is None:
+            settled = settle_form(row, column_map, ranked)
+        form, row_0 = settled
+        report.layout = form.layout.name
         row = _renamed(row, number, column_map)
-        if layout is None:
-            layout = layouts.detect(row)
-            report.layout = layout.name
-            used = {*layout.columns, *EXTRA_FIELDS, *scores}
+        if not judged.issuperset(row):
+            _check_form(form, row_0, row, number)
+            judged |= {name for name in row if not is_empty(row[name])}
         report.num_rows += 1
-        unused |= row.keys() - used
-        for record in _convert(layout, row, number, ranked, report):
+        unused = layouts.columns_of(row, form) - form.columns - READ_ALWAYS
+        report.note_unused(row, unused)
+        for record in _convert(form, row, number, report):
             if _same(record):
                 report.drop("identical pairs", number)
                 continue
             if report.example is None:
                 report.example = record
             yield number, record
-    if layout is None and first == 0:
+    if settled is None:
         raise UserError("No rows: nothing to train on.")
-    report.unused_columns = sorted({*report.unused_columns, *unused})
+
+
+def _check_form(form: layouts.Form, first: Row, row: Row, number: int) -> None:
+    try:
+        layouts.check_form(form, first, row)
+    except UserError as error:
+        raise UserError(f"Row {number}: {error}") from error
 
 
 def _convert(
-    layout: layouts.Layout,
-    row: Row,
-    number: int,
-    ranked: str,
-    report: DataReport,
+    form: layouts.Form, row: Row, number: int, report: DataReport
 ) -> list[Record]:
     try:
-        records = layout.convert(row, ranked == "all")
+        records = form.layout.convert(row, form)
         extras = _extras(row)
-        return [{**record, **extras} for record in records]
     except TieError:
         report.drop("ties", number)
         return []
     except RowError as error:
         raise UserError(f"Row {number}, {error}") from error
+    if form.layout.convert is layouts.from_messages:
+        if not layouts.repeats_its_prompt(row, records[0]):
+            report.count("rows whose `prompt` is not in their messages: unused")
+    return [{**record, **extras} for record in records]
 
 
 def _renamed(

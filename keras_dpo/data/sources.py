@@ -4,7 +4,15 @@ import csv
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import re
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from itertools import chain, islice
 from typing import Any
 
@@ -14,6 +22,8 @@ from keras_dpo.errors import UserError
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")
 ROWS_AT_ONCE = 1024
+# Ends of lines as CSV knows them; text has more, such as U+2028.
+LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 PLAIN = {int, float, bool, str, type(None)}
 
 
@@ -25,6 +35,7 @@ class Rows:
         name: What messages call the source.
         count: How many there are, where that is known without reading.
         is_endless: Whether they never end, where that is known.
+        splits: What a split of theirs may be called.
     """
 
     def __init__(
@@ -33,9 +44,10 @@ class Rows:
         name: str,
         count: int | None = None,
         is_endless: bool = False,
+        splits: tuple[str, ...] = ("train",),
     ) -> None:
         self.read, self.name, self.count = read, name, count
-        self.is_endless = is_endless
+        self.is_endless, self.splits = is_endless, splits
 
     @property
     def is_iterator(self) -> bool:
@@ -82,7 +94,8 @@ def open_rows(
             file, or to a `datasets` directory; the name of a dataset on the
             Hugging Face hub; `"tfds:NAME"`; a `datasets.Dataset`; a TFDS
             builder; a `tf.data` or grain dataset of mappings.
-        split: Such as `"train"` or `"train[:10%]"`; for files too.
+        split: Such as `"train"` or `"train[:10%]"`; for files too, whose rows
+            are all of the split `"train"`.
         streaming: Whether a dataset of the hub is read over the network as it
             is needed, not downloaded before.
 
@@ -95,7 +108,7 @@ def open_rows(
         return _open_path(os.fspath(source), split, streaming)
     name = f"the {type(source).__name__}"
     if hasattr(source, "as_dataset") and hasattr(source, "info"):
-        return _tfds_rows(source.as_dataset(split=split or "train"), name)
+        return _tfds_rows(lambda s: source.as_dataset(split=s), split, name)
     if isinstance(source, Mapping):
         raise UserError(
             "A source of pairs must hold rows. Received: one mapping with "
@@ -128,7 +141,10 @@ def has_length(source: Any) -> bool:
 
 def _rows_of(source: Iterable[Any], name: str) -> Rows:
     count = len(source) if isinstance(source, Sized) else None
-    return Rows(lambda: source, name, count)
+    own = getattr(source, "split", None)
+    # A plain list may be sliced under the name that everything has.
+    splits = ("train",) if own is None else ("train", str(own))
+    return Rows(lambda: source, name, count, splits=splits)
 
 
 def _open_path(path: str, split: str | None, streaming: bool) -> Rows:
@@ -136,8 +152,8 @@ def _open_path(path: str, split: str | None, streaming: bool) -> Rows:
     if path.startswith("tfds:"):
         import tensorflow_datasets as tfds
 
-        loaded = tfds.load(path.removeprefix("tfds:"), split=split or "train")
-        return _tfds_rows(loaded, name)
+        data = path.removeprefix("tfds:")
+        return _tfds_rows(lambda s: tfds.load(data, split=s), split, name)
     file = pathlib.Path(path)
     if file.is_file():
         return _slice(_open_file(file), split)
@@ -146,7 +162,19 @@ def _open_path(path: str, split: str | None, streaming: bool) -> Rows:
     if file.is_dir():
         loaded = datasets.load_from_disk(path)
         if isinstance(loaded, Mapping):
-            loaded = loaded[(split or "train").split("[")[0]]
+            chosen, *others = _names_of(split or "train", list(loaded), name)
+            if {*others} - {chosen}:
+                raise UserError(
+                    "The parts of a split must be of one split. Received: "
+                    f"{split!r}. Concatenate the splits of {name} before."
+                )
+            rows = Rows(
+                lambda: loaded[chosen],
+                name,
+                len(loaded[chosen]),
+                splits=(chosen,),
+            )
+            return _slice(rows, split)
         return _slice(_rows_of(loaded, name), split)
     if file.suffix in FILE_TYPES:
         raise UserError(f"There is no file {path!r}.")
@@ -213,11 +241,7 @@ def _read_lines(file: pathlib.Path) -> Iterator[str]:
 
 
 def _read_csv(file: pathlib.Path) -> Iterator[Any]:
-    lines = (
-        part
-        for line in _read_lines(file)
-        for part in line.splitlines(keepends=True)
-    )
+    lines = (part for line in _read_lines(file) for part in LINE.findall(line))
     try:
         yield from csv.DictReader(lines)
     except csv.Error as error:
@@ -240,8 +264,15 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _slice(rows: Rows, split: str | None) -> Rows:
-    """The part of the rows that `"train[:10%]"` names, as `datasets` does."""
-    if not split or "[" not in split:
+    """The part of the rows that `"train[:10%]"` names, as `datasets` does.
+
+    Raises:
+        ValueError: They have no such split, or it cannot be read.
+    """
+    if not split:
+        return rows
+    names = _names_of(split, rows.splits, rows.name)
+    if not re.search(r"[\[+(]", split):
         return rows
     import datasets
 
@@ -250,8 +281,14 @@ def _slice(rows: Rows, split: str | None) -> Rows:
         held = list(rows.read())
     if count is None:
         count = len(held) if held is not None else sum(1 for _ in rows.read())
-    name = split.split("[")[0]
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: count})
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(
+            dict.fromkeys(names, count)
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"The split {split!r} cannot be read: {error}") from (
+            error
+        )
 
     def read_parts() -> Iterator[Any]:
         for part in parts:
@@ -263,9 +300,28 @@ def _slice(rows: Rows, split: str | None) -> Rows:
     )
 
 
-def _tfds_rows(dataset: Any, name: str) -> Rows:
+def _names_of(split: str, known: Sequence[str], name: str) -> list[str]:
+    """Names of the splits that `"train[:5%]+train[9%:]"` takes parts of."""
+    names = [part.split("[")[0].strip() for part in split.split("+")]
+    for missing in set(names) - set(known):
+        raise UserError(
+            f"There is no split {missing!r} in {name}. Its splits: "
+            f"{', '.join(known)}. Parts of one are such as {known[0]}[:10%]."
+        )
+    return names
+
+
+def _tfds_rows(
+    load: Callable[[str], Any], split: str | None, name: str
+) -> Rows:
     import tensorflow_datasets as tfds
 
+    try:
+        dataset = load(split or "train")
+    except ValueError as error:
+        raise UserError(
+            f"{name} gives no split {split or 'train'!r}: {error}"
+        ) from error
     rows = tfds.as_numpy(dataset)
     return Rows(lambda: rows, name)
 
@@ -277,13 +333,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         plain = {str(key): _plain(item) for key, item in value.items()}
         for names in ({"role", "content"}, {"from", "value"}):
-            columns = names <= set(plain)
-            if columns and all(isinstance(plain[n], list) for n in names):
-                first, second = sorted(names, reverse=True)
-                return [
-                    {first: a, second: b}
-                    for a, b in zip(plain[first], plain[second], strict=True)
-                ]
+            if names <= set(plain) and isinstance(plain[min(names)], list):
+                columns = _columns(plain)
+                if columns is not None:
+                    return columns
         return plain
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
@@ -294,3 +347,12 @@ def _plain(value: Any) -> Any:
             return list(value)
         return [_plain(item) for item in value]
     return value
+
+
+def _columns(columns: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Messages as columns, all of one length -> messages, with every key."""
+    lists = [value for value in columns.values() if isinstance(value, list)]
+    if len(lists) < len(columns) or len(set(map(len, lists))) > 1:
+        return None
+    rows = zip(*lists, strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
