@@ -271,7 +271,8 @@ def _save_whole(
 
 def _save_text(preprocessor: DPOPreprocessor, directory: pathlib.Path) -> None:
     """Keep how texts and messages became ids."""
-    tokenizer, own = preprocessor.tokenizer, {}
+    own: dict[str, Any] = {}
+    tokenizer = preprocessor.tokenizer
     if isinstance(tokenizer, HuggingFaceTokenizer):
         kept = tokenizer.tokenizer
         if preprocessor.chat_template != "auto":

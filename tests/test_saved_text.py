@@ -1,9 +1,12 @@
 """A policy keeps the tokenizer and template it was trained with."""
 
 import dataclasses
+import datetime
+import json
 
 import keras
 import pytest
+import yaml
 from conftest import random_pairs, tiny_policy
 
 import keras_dpo
@@ -11,7 +14,7 @@ from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor
 from keras_dpo.chat_templates import TEMPLATES
 from keras_dpo.config import LOSS_OPTIONS
 from keras_dpo.errors import UserError
-from keras_dpo.train import make_preprocessor_alone
+from keras_dpo.train import make_preprocessor_alone, with_date_of_run
 
 TURNS = [{"role": "user", "content": "a b"}]
 
@@ -97,6 +100,73 @@ def test_a_template_beside_a_keras_hub_tokenizer_is_saved(tmp_path):
     without = make_preprocessor_alone(config)
     assert without.prompt_ids(TURNS) == given.prompt_ids(TURNS)
     assert "zephyr" in without.describe_template()
+
+
+def test_settings_of_a_template_are_saved(tmp_path):
+    """Which a later call may still replace, by none as well."""
+    template = "{{ mood }} {{ messages[0]['content'] }} "
+    given = DPOPreprocessor(
+        word_tokenizer(),
+        chat_template=template,
+        chat_template_kwargs={"mood": "c d"},
+    )
+    policy = tiny_policy(layers=1)
+    keras_dpo.save_policy(policy, tmp_path / "tuned", given)
+    loaded = keras_dpo.load_policy(tmp_path / "tuned")
+    found = DPOPreprocessor.from_policy(loaded)
+    assert found.prompt_ids(TURNS) == given.prompt_ids(TURNS) == [7, 8, 5, 6]
+    bare = DPOPreprocessor.from_policy(loaded, chat_template_kwargs={})
+    assert bare.prompt_ids(TURNS) == [5, 6]
+
+
+DATED = "{{ strftime_now('%d') }} {{ messages[0]['content'] }} "
+
+
+def test_a_run_that_goes_on_another_day_keeps_its_date(tmp_path):
+    """Its prompts, and so its pairs, are those that it began with."""
+    policy = tiny_policy(layers=1)
+    tokenizer = word_tokenizer("a b c 01 02")
+    tokenizer.chat_template = DATED
+    keras_dpo.save_policy(policy, tmp_path / "p", DPOPreprocessor(tokenizer))
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "chosen": [{"role": "assistant", "content": "b"}],
+            "rejected": [{"role": "assistant", "content": "c"}],
+        }
+    ] * 4
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    settings = {
+        "repo_id": str(tmp_path / "p"),
+        "dataset_name": str(tmp_path / "pairs.json"),
+        "save_directory": str(tmp_path),
+        "model_name": "run",
+        "total_batch_size": 2,
+        "num_train_epochs": 1,
+        "num_sample_prompts": 0,
+        "learning_rate_schedule": "constant",
+    }
+    done = keras_dpo.train(DPOConfig(template_date="2020-05-01", **settings))
+    # Another day, the same command: it goes on, with the day it began.
+    more = {**settings, "num_train_epochs": 2}
+    again = keras_dpo.train(DPOConfig(**more))
+    assert again.model.preprocessor.date == "2020-05-01"
+    assert len(again.history["loss"]) == 2
+    saved = yaml.safe_load((done.directory / "config.yaml").read_text())
+    assert saved["template_date"] == "2020-05-01"
+    path = tmp_path / "run" / "backups"
+    for resume, date in (
+        ("auto", "2020-05-01"),
+        (str(path), "2020-05-01"),
+        (str(path / "4"), "2020-05-01"),
+        ("never", datetime.date.today().isoformat()),
+    ):
+        config = DPOConfig(resume=resume, **settings)
+        found = with_date_of_run(config, tmp_path / "run")
+        assert found.template_date == date, resume
+    new = DPOConfig(**{**settings, "model_name": "new"})
+    today = datetime.date.today().isoformat()
+    assert with_date_of_run(new, tmp_path / "new").template_date == today
 
 
 def with_tokenizer(tokenizer):
