@@ -119,7 +119,10 @@ def test_settings_of_a_template_are_saved(tmp_path):
     assert bare.prompt_ids(TURNS) == [5, 6]
 
 
-DATED = "{{ strftime_now('%d') }} {{ messages[0]['content'] }} "
+DATED = (
+    "{{ strftime_now('%d') }} "
+    "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+)
 
 
 def test_a_run_that_goes_on_another_day_keeps_its_date(tmp_path):
