@@ -763,7 +763,7 @@ class _Position(keras.callbacks.Callback):
         model.history = keras.callbacks.History()
         # The others have been called for the last time.
         restore_callbacks([model.history], restored.callbacks)
-        if restored.averages:
+        if restored.end_with_average:
             # With `use_ema`, as Keras does at the end of `fit`.
             model.optimizer.finalize_variable_values(model.trainable_variables)
         return model.history

@@ -1,13 +1,11 @@
 """`TrainingBackup`: kill the run at any moment, and go on bit for bit."""
 
 import contextlib
-import json
 import math
 import os
 import pathlib
-import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +14,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from keras_dpo import training_state
+from keras_dpo.backups import (
+    EndOfRun,
+    all_finite,
+    interval,
+    name_beside,
+    named_variables,
+    read_backup,
+    steps_in,
+    why_ended,
+    writing,
+)
 from keras_dpo.callbacks.after_step import AfterStep, UpdateCounter
-from keras_dpo.callbacks.stop_after import StopAfter
+from keras_dpo.compat.ema_swaps import EMASwaps
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution import is_main_process, wait_for_processes
 from keras_dpo.errors import UserError
@@ -42,7 +51,7 @@ class Restored(NamedTuple):
     callbacks: list[list[Any]]
     finished: bool
     # Whether the policy of a finished run is the optimizer's average.
-    averages: bool = True
+    end_with_average: bool = True
 
 
 class TrainingBackup(AfterStep):
@@ -89,7 +98,7 @@ class TrainingBackup(AfterStep):
     ) -> None:
         super().__init__()
         self.directory = pathlib.Path(directory).expanduser().absolute()
-        self.every_steps, self.every_seconds = _parse_interval(every)
+        self.every_steps, self.every_seconds = interval(every)
         if keep < 1:
             raise UserError(f"`keep` must be at least 1. Received: {keep!r}.")
         self.keep = keep
@@ -133,7 +142,7 @@ class TrainingBackup(AfterStep):
         # Batches of the run when it was saved last.
         self._saved = -1
         self._place = Place(0, 0)
-        self._averages = True
+        self._swaps = EMASwaps(self._callbacks)
         self._fixed_hashes: dict[bool, str] = {}
         self._lock.enter_context(locked(self.directory, "TrainingBackup"))
         if is_main_process() and self.resume == "never":
@@ -157,7 +166,7 @@ class TrainingBackup(AfterStep):
     def goes_on(self) -> bool:
         """Whether there is a backup to go on from."""
         return self.resume != "never" and (
-            self.resume != "auto" or bool(_steps(self.directory))
+            self.resume != "auto" or bool(steps_in(self.directory))
         )
 
     def _find_source(self) -> tuple[pathlib.Path, int] | None:
@@ -165,12 +174,12 @@ class TrainingBackup(AfterStep):
         if self.resume == "never":
             return None
         if self.resume == "auto":
-            steps = _steps(self.directory)
+            steps = steps_in(self.directory)
             return (self.directory, steps[-1]) if steps else None
         path = pathlib.Path(self.resume).expanduser().absolute()
         if path.name.isdigit() and path.is_dir():
             return path.parent, int(path.name)
-        steps = _steps(path)
+        steps = steps_in(path)
         if not steps:
             raise UserError(
                 f"There is no whole backup in {path}. Give the directory of a "
@@ -179,10 +188,10 @@ class TrainingBackup(AfterStep):
         return path, steps[-1]
 
     def _move_aside(self) -> None:
-        if not _steps(self.directory):
+        if not steps_in(self.directory):
             return
         number = 1
-        while (aside := _beside(self.directory, number)).exists():
+        while (aside := name_beside(self.directory, number)).exists():
             number += 1
         aside.mkdir()
         # Not the directory itself, which is locked.
@@ -231,7 +240,7 @@ class TrainingBackup(AfterStep):
         manager = self._manager
         if directory != self.directory:
             manager = orbax.CheckpointManager(directory)
-        info = _read(manager, step, path, info=orbax.args.JsonRestore())
+        info = read_backup(manager, step, path, info=orbax.args.JsonRestore())
         # A sync made the reference part of the backup.
         model.reference.synced = info["reference_synced"]
         changed = training_state.differences(
@@ -250,72 +259,44 @@ class TrainingBackup(AfterStep):
             name: jax.ShapeDtypeStruct(
                 v.shape, v.dtype, sharding=v.value.sharding
             )
-            for name, v in _named(model)
+            for name, v in named_variables(model)
         }
-        arrays = _read(
+        arrays = read_backup(
             manager, step, path, state=orbax.args.StandardRestore(wanted)
         )
         metrics, scalars = [], []
-        for name, variable in _named(model):
+        for name, variable in named_variables(model):
             if name.startswith("metrics"):
                 metrics.append(arrays[name])
             else:
                 variable.assign(arrays[name])
                 if name.startswith("optimizer") and not variable.shape:
                     scalars.append((variable, arrays[name]))
-        for swap in self._swaps:
-            # What the backup holds is not swapped.
-            swap._ema_weights_in_model = False
+        self._swaps.forget()
         self._dataset.set_state(info["data"])
         self._place = Place(*info["place"])
         self._saved = step if directory == self.directory else -1
         restored = Restored(
             self._place, metrics, scalars, info["callbacks"], False
         )
-        end = self._end_of_run(directory, step, model)
-        if end is not None:
-            return restored._replace(finished=True, **end)
+        end = EndOfRun.read(directory / FINISHED, step)
+        if end is not None and end.is_final(
+            self._epochs, UpdateCounter(model).updates, self._callbacks
+        ):
+            return restored._replace(
+                callbacks=end.history,
+                finished=True,
+                end_with_average=end.end_with_average,
+            )
+        if end is None and self._place.epoch >= self._epochs:
+            # Killed between the last backup and the end.
+            return restored._replace(finished=True)
         say(
             f"Going on from {path}: epoch {self._place.epoch + 1}, "
             f"{self._place.batch} of {self._dataset.batches_per_epoch} steps "
             "done"
         )
         return restored
-
-    def _end_of_run(
-        self, directory: pathlib.Path, step: int, model: Any
-    ) -> dict[str, Any] | None:
-        """What a run of these epochs ended with; None where it goes on."""
-        path = directory / FINISHED
-        if path.exists():
-            found = json.loads(path.read_text())
-            end = {"callbacks": found["history"], "averages": found["averages"]}
-            if found["step"] == step:
-                if found["ended_by"] == "limit":
-                    updates = UpdateCounter(model).updates
-                    return end if self._is_limit(updates) else None
-                if found["ended_by"] == "callback":
-                    say(
-                        "A callback, such as EarlyStopping, ended that run. "
-                        f"Remove {path} to go on from its last backup."
-                    )
-                    return end
-                if found["epochs"] >= self._epochs:
-                    return end
-        # Killed between the last backup and the end.
-        return {} if self._place.epoch >= self._epochs else None
-
-    def _is_limit(self, updates: int) -> bool:
-        return any(limit.is_reached(updates) for limit in self._limits)
-
-    @property
-    def _limits(self) -> list[StopAfter]:
-        return [c for c in self._callbacks if isinstance(c, StopAfter)]
-
-    @property
-    def _swaps(self) -> list[Any]:
-        swap = keras.callbacks.SwapEMAWeights
-        return [c for c in self._callbacks if isinstance(c, swap)]
 
     def _identity(self, model: Any) -> dict[str, Any]:
         shapes = training_state.variable_shapes(model)
@@ -333,10 +314,7 @@ class TrainingBackup(AfterStep):
         super().on_train_begin(logs)
         self._saved_update = self.step
         self._epochs = self.params["epochs"]
-        for swap in self._swaps:
-            # Keras' own would overwrite the weights before they are saved
-            # (see `_finish_swaps`).
-            swap.set_params({**swap.params, "epochs": 0})
+        self._swaps.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._place = Place(epoch, self._dataset.first_batch)
@@ -360,40 +338,20 @@ class TrainingBackup(AfterStep):
         # Later Keras puts the optimizer's average in the weights' place.
         if last or self._model.stop_training or self._due():
             self.save()
-        self._finish_swaps(last)
-
-    def _finish_swaps(self, last: bool) -> None:
-        """What SwapEMAWeights does at the end of the last epoch.
-
-        It keeps the average in the weights, where Keras would swap once more.
-        """
-        for swap in self._swaps:
-            if swap.swap_on_epoch and swap._ema_weights_in_model:
-                self._averages = last
-                if last:
-                    swap._finalize_ema_values()
+        self._swaps.finish(last)
 
     def on_train_end(self, logs: Any = None) -> None:
         self.close()
         if self._saved != self._number or not is_main_process():
             return
-        by_limit = any(limit.has_stopped for limit in self._limits)
-        by_callback = self._model.stop_training and (
-            not by_limit
-            or any(getattr(c, "stopped_epoch", 0) for c in self._callbacks)
+        ended = EndOfRun(
+            self._saved,
+            self._epochs,
+            why_ended(self._model, self._callbacks),
+            self._swaps.end_with_average,
+            training_state.callback_states([self.model.history]),
         )
-        ended = {
-            "step": self._saved,
-            "epochs": self._epochs,
-            "ended_by": "callback"
-            if by_callback
-            else "limit"
-            if by_limit
-            else "epochs",
-            "averages": self._averages,
-            "history": training_state.callback_states([self.model.history]),
-        }
-        write_beside(self.directory / FINISHED, json.dumps(ended).encode())
+        write_beside(self.directory / FINISHED, ended.to_json())
 
     def _due(self) -> bool:
         if jax.process_count() > 1 and self.every_steps is None:
@@ -404,7 +362,7 @@ class TrainingBackup(AfterStep):
             )
         return time.monotonic() - self._last_save >= self.every_seconds
 
-    def _agree_on_steps(self) -> None:
+    def _agree_onsteps_in(self) -> None:
         """Turn the time into steps: clocks of processes differ.
 
         Once, from what the first process has measured.
@@ -445,18 +403,18 @@ class TrainingBackup(AfterStep):
             "data": self._dataset.get_state(),
             "callbacks": training_state.callback_states(callbacks),
         }
-        with self._not_swapped():
+        with self._swaps.undone():
             # Copies: the next step gives the originals' memory away.
             arrays = {
                 name: jax.numpy.copy(variable.value)
-                for name, variable in _named(model)
+                for name, variable in named_variables(model)
             }
         # A step's loss is of the weights before it.
-        weights = [a for name, a in arrays.items() if "trainable" in name]
-        if not _all_finite(weights):
+        weights = [a for name, a in arrays.items() if name.startswith("train")]
+        if not all_finite(weights):
             say(f"No backup of step {step}: weights are not finite numbers.")
             return
-        with _said_clearly(step, self.directory):
+        with writing(step, self.directory):
             self._manager.save(
                 step,
                 args=orbax.args.Composite(
@@ -467,18 +425,6 @@ class TrainingBackup(AfterStep):
             )
         self._saved, self._saved_update = step, self.step
         self._last_save = time.monotonic()
-
-    @contextlib.contextmanager
-    def _not_swapped(self) -> Iterator[None]:
-        """The weights that training goes on with, and not their average."""
-        swapped = [s for s in self._swaps if s._ema_weights_in_model]
-        for swap in swapped:
-            swap._swap_variables()
-        try:
-            yield
-        finally:
-            for swap in swapped:
-                swap._swap_variables()
 
     @property
     def _number(self) -> int:
@@ -496,79 +442,5 @@ class TrainingBackup(AfterStep):
 
     def close(self) -> None:
         """Wait until what was begun is written."""
-        with _said_clearly(self._saved, self.directory):
+        with writing(self._saved, self.directory):
             self._manager.wait_until_finished()
-
-
-@jax.jit
-def _all_finite(arrays: list[jax.Array]) -> jax.Array:
-    flags = [jax.numpy.isfinite(array).all() for array in arrays]
-    return jax.numpy.stack(flags).all()
-
-
-@contextlib.contextmanager
-def _said_clearly(step: int, directory: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"The backup of step {step} cannot be written to {directory}: "
-            f"{_first_line(error)}. The one before is whole: make room, and "
-            "start again to go on from it."
-        ) from error
-
-
-def _read(
-    manager: Any, step: int, path: pathlib.Path, **wanted: Any
-) -> dict[str, Any]:
-    """One named item of a backup."""
-    import orbax.checkpoint as orbax
-
-    (name,) = wanted
-    try:
-        return manager.restore(step, args=orbax.args.Composite(**wanted))[name]
-    except Exception as error:
-        raise UserError(
-            f"The backup {path} cannot be read: {_first_line(error)}. Remove "
-            f"{path} to go on from the backup before it, or use "
-            "resume='never' to begin anew."
-        ) from error
-
-
-def _named(model: Any) -> Iterator[tuple[str, Any]]:
-    groups = training_state.changing_variables(model)
-    for group, variables in groups.items():
-        for index, variable in enumerate(variables):
-            yield f"{group}_{index:05d}", variable
-
-
-def _steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the whole backups in a directory, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
-
-
-def _beside(directory: pathlib.Path, number: int) -> pathlib.Path:
-    return directory.with_name(f"{directory.name}.earlier-{number}")
-
-
-def _parse_interval(every: int | str) -> tuple[int | None, float]:
-    """(steps, or None, seconds)."""
-    if isinstance(every, int) and every >= 1:
-        return every, np.inf
-    text = str(every).strip()
-    if text.isdigit() and int(text) >= 1:
-        return int(text), np.inf
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?m(?:in(?:ute)?s?)?", text)
-    if not found or not float(found[1]) > 0:
-        raise UserError(
-            "`every` must be a number of steps above 0, or a time such as "
-            f"'10 minutes'. Received: {every!r}."
-        )
-    return None, 60 * float(found[1])
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
