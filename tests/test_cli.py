@@ -56,6 +56,34 @@ def test_every_setting_is_described():
         assert about[field.name], field.name
 
 
+def test_help_does_not_depend_on_a_docstring_s_indentation():
+    """Python 3.13 strips it, 3.11 keeps it; both are read on either."""
+    import inspect
+    import textwrap
+
+    stripped = inspect.cleandoc(keras_dpo.DPOConfig.__doc__)
+    first, _, rest = stripped.partition("\n")
+    indented = f"{first}\n{textwrap.indent(rest, '    ')}"
+    about = cli.setting_help(stripped)
+    assert about == cli.setting_help(indented) == cli.setting_help()
+    assert about["repo_id"].startswith("Policy: a Keras-Hub preset")
+    assert about["warmup_ratio"] == "Share of the steps that warm up."
+    # A description of several lines is one.
+    assert about["streaming"].endswith("which the epochs share.")
+
+
+def test_help_without_docstrings():
+    """`python -OO` has none."""
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "keras_dpo", "train", "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--repo_id" in done.stdout
+
+
 def test_printed_config_is_valid_yaml_and_comes_back(command, tmp_path):
     _, out, _ = command("train", "--beta", "0.3", "--print_config")
     config = yaml.safe_load(out)
