@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import environment, random_pairs, tiny_policy
+from conftest import PAIRS, environment, random_pairs, tiny_policy
 
 import keras_dpo
 from keras_dpo import cli
@@ -182,13 +182,13 @@ def test_train_and_evaluate(command, preset, tmp_path):
     assert numbers["reward_accuracy"] > 0.9
 
 
-def test_inspect(command, smollm2, demo_data):
+def test_inspect(command, chat_preset):
     status, out, err = command(
         "inspect",
         "--repo_id",
-        smollm2,
+        chat_preset,
         "--dataset_name",
-        demo_data,
+        PAIRS,
         "--dataset_split",
         "train[:80%]",
         "--validation_split",
@@ -198,7 +198,7 @@ def test_inspect(command, smollm2, demo_data):
     )
     assert status == 0, err
     for text in (
-        "Rows: 240 (ShareGPT conversations)",
+        "Rows: 19 (ShareGPT conversations)",
         "Chosen longer than",
         "padded to",
         "Prompt tokens",
@@ -207,6 +207,27 @@ def test_inspect(command, smollm2, demo_data):
         "\033[35m<|im_start|>",
     ):
         assert text in out, text
+
+
+def test_generate_answers_as_in_python(command, chat_preset):
+    prompts = ["What is the capital of France?", "Name a colour."]
+    status, out, _ = command(
+        "generate",
+        "--repo_id",
+        chat_preset,
+        "--prompt",
+        *prompts,
+        "--max_new_tokens",
+        8,
+    )
+    assert status == 0
+    policy = keras_dpo.load_policy(chat_preset)
+    turns = [[{"role": "user", "content": text}] for text in prompts]
+    answers = keras_dpo.generate(
+        policy, keras_dpo.DPOPreprocessor.from_policy(policy), turns, 8
+    )
+    assert all(answers)
+    assert out.endswith("\n".join(answers) + "\n")
 
 
 def test_generate(command, smollm2):
@@ -224,7 +245,7 @@ def test_generate(command, smollm2):
 
 
 @pytest.fixture
-def mistakes(tmp_path, preset, smollm2):
+def mistakes(tmp_path, preset, chat_preset):
     def write(name, text):
         path = tmp_path / name
         path.write_text(text)
@@ -265,7 +286,7 @@ def mistakes(tmp_path, preset, smollm2):
         "over the budget": [
             "inspect",
             "--repo_id",
-            smollm2,
+            chat_preset,
             "--dataset_name",
             write("l.jsonl", line({**text, "prompt": "a b c " * 9})),
             "--max_prompt_length",

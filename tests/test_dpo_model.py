@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, need_shared, random_pairs, tiny_policy, values_of
+from chat_tokenizer import make_chat_tokenizer
+from conftest import ORACLE, ROOT, random_pairs, tiny_policy, values_of
 
 import keras_dpo
 from keras_dpo import DPOModel, PreferenceDataset, losses
@@ -52,7 +53,7 @@ def oracle_models():
 
     return [
         keras_hub.models.CausalLM.from_preset(
-            str(need_shared("oracle", name)), dtype="float32", preprocessor=None
+            str(ORACLE / name), dtype="float32", preprocessor=None
         )
         for name in ("tiny_llama", "tiny_llama_ref")
     ]
@@ -109,7 +110,7 @@ def test_five_sgd_steps_equal_trl(name, batch_oracle):
     expected, rate = case.pop("losses"), case.pop("rate")
     policy, reference = (
         keras_hub.models.CausalLM.from_preset(
-            str(need_shared("oracle", x)), dtype="float32", preprocessor=None
+            str(ORACLE / x), dtype="float32", preprocessor=None
         )
         for x in ("tiny_llama", "tiny_llama_ref")
     )
@@ -590,12 +591,13 @@ def test_token_id_beyond_the_embedding():
         compiled().fit(pairs, verbose=0)
 
 
-def test_tokenizer_larger_than_the_embedding(smollm2):
-    preprocessor = keras_dpo.DPOPreprocessor(str(smollm2))
+def test_tokenizer_larger_than_the_embedding():
+    tokenizer = make_chat_tokenizer()
+    preprocessor = keras_dpo.DPOPreprocessor(tokenizer)
     model = DPOModel(tiny_policy(), preprocessor=preprocessor)
     model.compile()
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(ValueError, match="49152 tokens, 64 rows"):
+    with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens, 64 rows"):
         model.fit(rows, verbose=0)
 
 

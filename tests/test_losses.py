@@ -1,7 +1,6 @@
 """Formulas against TRL's numbers, float64 restatements and algebra."""
 
 import jax
-import jax.numpy as jnp
 import keras
 import numpy as np
 import oracles
