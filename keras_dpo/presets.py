@@ -39,7 +39,8 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
 
     Args:
         preset: A Keras-Hub preset name, `hf://owner/name`, or a local
-            directory in Keras-Hub's or Hugging Face's format.
+            directory in Keras-Hub's or Hugging Face's format. A directory
+            wins over a preset of its name.
         dtype: A Keras dtype policy, such as `"mixed_bfloat16"`.
 
     Raises:
@@ -47,7 +48,7 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
     """
     import keras_hub
 
-    preset = os.fspath(preset)
+    preset = _local_first(preset)
     config = _read_config(preset)
     try:
         if config.get("model_type") == "llama":
@@ -75,7 +76,7 @@ def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
     """
     import keras_hub
 
-    preset = os.fspath(preset)
+    preset = _local_first(preset)
     config = _read_config(preset)
     options: dict[str, Any] = {"num_layers": num_layers, "load_weights": False}
     if config.get("model_type") == "llama":
@@ -92,6 +93,7 @@ def count_layers(preset: str) -> int:
     """Decoder layers of a preset, from its configuration alone."""
     import keras_hub
 
+    preset = _local_first(preset)
     config = _read_config(preset)
     if not config:
         config = keras_hub.src.utils.preset_utils.load_json(preset)
@@ -103,10 +105,17 @@ def load_tokenizer(preset: str) -> Any:
     """The tokenizer that `load_policy` would use, without the weights."""
     import keras_hub
 
+    preset = _local_first(preset)
     tokenizer = _load_tokenizer(preset, _read_config(preset))
     if tokenizer is not None:
         return tokenizer
     return keras_hub.tokenizers.Tokenizer.from_preset(preset)
+
+
+def _local_first(preset: str | os.PathLike[str]) -> str:
+    """A directory's absolute path; Keras-Hub would look for a name first."""
+    preset = os.fspath(preset)
+    return os.path.abspath(preset) if os.path.isdir(preset) else preset
 
 
 def _read_config(preset: str) -> dict[str, Any]:

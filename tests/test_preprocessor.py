@@ -500,7 +500,7 @@ def test_buckets():
 
 def test_audit_counts(chat_tokenizer):
     rows = [
-        TEXTS,
+        {**TEXTS, "rejected": " five, or six, or seven"},
         {**TEXTS, "chosen": " a much longer answer", "margin": -1.0},
         {"prompt": "Q", "chosen": "", "rejected": " x"},
     ]

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from chat_tokenizer import save_chat_preset, texts_of_pairs
+from chat_tokenizer import save_chat_preset
 from conftest import ORACLE
 
 from keras_dpo import DPOPreprocessor, generate, load_policy, save_policy
-from keras_dpo.presets import load_tokenizer
+from keras_dpo.presets import count_layers, load_outline, load_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 
@@ -264,11 +264,12 @@ def test_a_failed_save_keeps_the_old_preset(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "policy").rglob("*")) == before
 
 
-def test_keras_hub_tokenizer_still_differs(smol_policy):
+def test_keras_hub_tokenizer_still_differs(smol_policy, demo_data):
     """When this fails, the model's own tokenizer.json need not win."""
     own = DPOPreprocessor.from_policy(smol_policy).tokenizer
     theirs = DPOPreprocessor(smol_policy.preprocessor.tokenizer).tokenizer
-    texts = texts_of_pairs()
+    rows = json.loads(demo_data.read_text())[:20]
+    texts = [row["chosen"]["value"] for row in rows]
     differ = [
         a != b
         for a, b in zip(own.encode(texts), theirs.encode(texts), strict=True)
@@ -281,6 +282,22 @@ def test_no_such_preset(tmp_path):
         load_policy("no_such_preset")
     with pytest.raises(ValueError, match="no config.json"):
         load_policy(str(tmp_path))
+
+
+def test_a_directory_wins_over_a_built_in_preset_of_its_name(
+    tmp_path, monkeypatch
+):
+    """`gemma3_instruct_270m` beside us is that, not a download."""
+    import keras_hub
+
+    name = "gemma3_instruct_270m"
+    assert name in keras_hub.models.Gemma3CausalLM.presets
+    monkeypatch.chdir(tmp_path)
+    save_chat_preset(name, "Gemma3")
+    assert load_policy(name).backbone.hidden_dim == 32
+    assert load_outline(name, 1).backbone.hidden_dim == 32
+    assert count_layers(name) == 2
+    assert load_tokenizer(name).eos_token == "<|im_end|>"
 
 
 def test_tokenizer_without_weights(chat_preset):
