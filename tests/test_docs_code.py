@@ -155,7 +155,7 @@ def test_readme_names_what_it_needs(workplace):
     """The fixtures are no more than the texts' own names."""
     text = "".join(PAGES.values())
     for path in workplace.iterdir():
-        assert path.name in text or path.name == "path", path.name
+        assert path.name in text, path.name
 
 
 # --- Shell ------------------------------------------------------------------
