@@ -4,10 +4,15 @@
         python examples/eight_devices.py
 """
 
-import keras_dpo  # isort: skip
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"  # before Keras is imported
+
 import keras
 import keras_hub
 import numpy as np
+
+import keras_dpo
 
 
 def main():

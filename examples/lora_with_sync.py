@@ -3,11 +3,14 @@
 python examples/lora_with_sync.py MODEL_DIRECTORY PAIRS.jsonl
 """
 
+import os
 import sys
 
-import keras_dpo  # first: it chooses Keras' JAX backend
+os.environ["KERAS_BACKEND"] = "jax"  # before Keras is imported
 
-import keras  # isort: skip
+import keras
+
+import keras_dpo
 
 
 def main(directory, pairs):

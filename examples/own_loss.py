@@ -3,10 +3,14 @@
 python examples/own_loss.py
 """
 
-import keras_dpo  # first: it chooses Keras' JAX backend
-from keras_dpo import demo
+import os
 
-import keras  # isort: skip
+os.environ["KERAS_BACKEND"] = "jax"  # before Keras is imported
+
+import keras
+
+import keras_dpo
+from keras_dpo import demo
 
 
 @keras.saving.register_keras_serializable(package="examples")

@@ -20,7 +20,9 @@ if keras.config.backend() != "jax":
     raise ImportError(
         "keras_dpo needs the JAX backend of Keras. Received: "
         f"backend={keras.config.backend()!r}. Set the environment variable "
-        "KERAS_BACKEND=jax before Keras is imported."
+        "KERAS_BACKEND=jax before Keras is imported. In a notebook that is "
+        "running, restart the kernel and make this its first cell: "
+        'import os; os.environ["KERAS_BACKEND"] = "jax"'
     )
 
 from keras_dpo import data  # noqa: E402, I001  (the preprocessor needs it)

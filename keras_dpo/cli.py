@@ -13,6 +13,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import docstring_parser  # noqa: E402
 import jsonargparse  # noqa: E402
 import yaml  # noqa: E402
 
@@ -155,14 +156,17 @@ def _version() -> str:
         return "not installed"
 
 
-def setting_help() -> dict[str, str]:
-    """Setting -> its description in `DPOConfig`'s docstring."""
-    text = (DPOConfig.__doc__ or "").split("Args:\n")[1]
-    entries = re.split(r"\n {8}(?=\w+: )", "\n" + text)
-    pairs = [entry.strip().partition(": ") for entry in entries if entry]
+def setting_help(docstring: str | None = DPOConfig.__doc__) -> dict[str, str]:
+    """Setting -> its description in `DPOConfig`'s docstring.
+
+    Python 3.13 strips a docstring's indentation, and -OO the docstring.
+    """
+    parsed = docstring_parser.parse(docstring or "")
     return {
-        name: re.sub(r"\s+", " ", about).replace("%", "%%")
-        for name, _, about in pairs
+        setting.arg_name: re.sub(
+            r"\s+", " ", setting.description or ""
+        ).replace("%", "%%")
+        for setting in parsed.params
     }
 
 
@@ -182,7 +186,7 @@ def _add_config(parser: Any) -> None:
             f"--{field.name}",
             type=types[field.name],
             default=field.default,
-            help=about[field.name],
+            help=about.get(field.name),
         )
 
 

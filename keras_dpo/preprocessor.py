@@ -147,7 +147,7 @@ class DPOPreprocessor:
             theirs = getattr(policy, "preprocessor", None)
             tokenizer = getattr(theirs, "tokenizer", None)
         family = {"chat_template": chat_templates.family_template(policy)}
-        own = getattr(policy, "_chat_format", family)
+        own = {**family, **getattr(policy, "_chat_format", {})}
         return cls.from_chat_format(tokenizer, own, **options)
 
     @classmethod

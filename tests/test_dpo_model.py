@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, need_shared, random_pairs, tiny_policy, values_of
+from chat_tokenizer import make_chat_tokenizer
+from conftest import ORACLE, ROOT, random_pairs, tiny_policy, values_of
 
 import keras_dpo
 from keras_dpo import DPOModel, PreferenceDataset, losses
@@ -52,7 +53,7 @@ def oracle_models():
 
     return [
         keras_hub.models.CausalLM.from_preset(
-            str(need_shared("oracle", name)), dtype="float32", preprocessor=None
+            str(ORACLE / name), dtype="float32", preprocessor=None
         )
         for name in ("tiny_llama", "tiny_llama_ref")
     ]
@@ -109,7 +110,7 @@ def test_five_sgd_steps_equal_trl(name, batch_oracle):
     expected, rate = case.pop("losses"), case.pop("rate")
     policy, reference = (
         keras_hub.models.CausalLM.from_preset(
-            str(need_shared("oracle", x)), dtype="float32", preprocessor=None
+            str(ORACLE / x), dtype="float32", preprocessor=None
         )
         for x in ("tiny_llama", "tiny_llama_ref")
     )
@@ -245,18 +246,56 @@ def test_metrics_of_a_short_last_batch():
     )
 
 
-def test_validation_set_with_its_own_batch_size():
-    history = (
-        compiled()
-        .fit(
-            random_pairs(8),
-            batch_size=4,
-            validation_data=dataset(6, 2),
-            verbose=0,
-        )
-        .history
+@pytest.mark.parametrize("name", ["beta_dpo", "bco_pair"])
+def test_a_running_mean_over_micro_batches_equals_float64(name):
+    """Micro-batches of a short batch that hold no pair do not move it.
+
+    10 pairs in batches of 8 and micro-batches of 2: those of the second batch
+    are strided, {8}, {9}, {} and {}. (Padded sequences keep the data's order.)
+    """
+    ema = {"delta": "ema"} if name == "bco_pair" else {}
+    model = DPOModel(
+        tiny_policy(), reference=tiny_policy(seed=1), attention="keras"
     )
-    assert history["val_reward_accuracy"] == [pytest.approx(0.5, abs=0.5)]
+    loss = losses.get(name, beta=0.7, momentum=0.8, **ema)
+    model.compile(
+        keras.optimizers.SGD(0.0), loss, gradient_accumulation_steps=4
+    )
+    data = dataset(10, 8, shuffle=False)
+    scores = model.predict(data, verbose=0)
+    chosen, rejected = (
+        np.asarray(scores[f"{side}_reward"], "float64")
+        for side in ("chosen", "rejected")
+    )
+    values = chosen - rejected
+    if name == "bco_pair":
+        values = (chosen + rejected) / 2
+    mean = 0.0
+    for micro_batch in [[0, 4], [1, 5], [2, 6], [3, 7], [8], [9]]:
+        mean = 0.8 * mean + 0.2 * values[micro_batch].mean()
+    model.fit(data, verbose=0)
+    assert float(loss.running_mean.value) == pytest.approx(mean, rel=1e-4)
+
+
+def test_validation_set_with_its_own_batch_size():
+    """6 pairs in batches of 2: as `predict` scores them, one by one."""
+    model = compiled()
+    history = model.fit(
+        random_pairs(8),
+        batch_size=4,
+        validation_data=dataset(6, 2),
+        verbose=0,
+    ).history
+    margins = model.predict(random_pairs(6), batch_size=4, verbose=0)[
+        "reward_margin"
+    ]
+    assert np.abs(margins).min() > 1e-6
+    assert history["val_reward_accuracy"] == [
+        pytest.approx((margins > 0).mean(), abs=1e-6)
+    ]
+    assert history["val_reward_margin"] == [
+        pytest.approx(margins.mean(), rel=1e-4)
+    ]
     with pytest.raises(ValueError, match="already has a batch size"):
         compiled().fit(dataset(8, 4), batch_size=2, verbose=0)
 
@@ -555,12 +594,13 @@ def test_token_id_beyond_the_embedding():
         compiled().fit(pairs, verbose=0)
 
 
-def test_tokenizer_larger_than_the_embedding(smollm2):
-    preprocessor = keras_dpo.DPOPreprocessor(str(smollm2))
+def test_tokenizer_larger_than_the_embedding():
+    tokenizer = make_chat_tokenizer()
+    preprocessor = keras_dpo.DPOPreprocessor(tokenizer)
     model = DPOModel(tiny_policy(), preprocessor=preprocessor)
     model.compile()
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(ValueError, match="49152 tokens, 64 rows"):
+    with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens, 64 rows"):
         model.fit(rows, verbose=0)
 
 

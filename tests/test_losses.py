@@ -1,7 +1,6 @@
 """Formulas against TRL's numbers, float64 restatements and algebra."""
 
 import jax
-import jax.numpy as jnp
 import keras
 import numpy as np
 import oracles
@@ -195,23 +194,60 @@ def test_gradients_by_finite_differences(name, batch):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [1e4, -1e4])
-def test_finite_at_extremes(name, size, batch):
+DIVERGENCE_OPTIONS = [
+    *({"f_divergence": name} for name in ("reverse_kl", "forward_kl", "js")),
+    *(
+        {"f_divergence": "alpha", "f_alpha": alpha}
+        for alpha in (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+    ),
+]
+FORMULAS = [
+    (name, options)
+    for name in NAMES
+    for options in (
+        DIVERGENCE_OPTIONS
+        if "f_divergence" in losses.option_names(LOSSES[name])
+        else [{}]
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "options"), FORMULAS)
+def test_finite_at_extremes(name, options, batch):
     """Values and gradients stay finite 10,000 nats from the reference."""
     policy, reference = batch
-    shift = np.zeros_like(policy.log_probs)
-    shift[:, 0, 0] = size
-    loss = losses.get(name)
+    loss = losses.get(name, **options)
 
     def value(log_probs):
         return loss.per_pair(
             policy._replace(log_probs=log_probs), reference
         ).mean()
 
-    values = jax.value_and_grad(value)(jnp.asarray(policy.log_probs + shift))
-    for x in values:
-        assert np.isfinite(x).all()
+    value_and_gradient = jax.jit(jax.value_and_grad(value))
+    sizes = [1e4, 100.0, 50.0, 20.0, 0.0, -20.0, -50.0, -100.0, -1e4]
+    for chosen in sizes:
+        for rejected in sizes:
+            shift = np.zeros_like(policy.log_probs)
+            shift[:, 0, 0] = chosen
+            shift[:, 1, 0] = rejected
+            found = value_and_gradient(policy.log_probs + shift)
+            assert all(np.isfinite(x).all() for x in found), (chosen, rejected)
+
+
+@pytest.mark.parametrize("options", DIVERGENCE_OPTIONS[1:])
+def test_ipo_is_exact_where_its_square_is_finite(options):
+    """Up to a score of exp(39) = 9e16: nothing is cut off before."""
+    steepness = max(1.0, abs(options.get("f_alpha", 0.0) - 1.0))
+    ratios = np.array([-39, -20, -3, 0.5, 3, 20, 39], "float32") / steepness
+    log_probs = np.stack([ratios, ratios[::-1]], 1)[..., None]
+    mask = np.ones_like(log_probs)
+    margin = np.zeros(len(ratios))
+    policy = PairLogProbs(log_probs, mask, margin=margin)
+    reference = PairLogProbs(np.zeros_like(log_probs), mask)
+    loss = losses.get("ipo", **options)
+    values = loss.per_pair(policy, reference)
+    expected = restate("ipo", policy, reference, 0.1, **options)
+    np.testing.assert_allclose(values, expected, rtol=2e-5)
 
 
 RELATIVE = [
@@ -292,6 +328,28 @@ def test_bco_running_mean_shifts_and_has_no_gradient(batch):
         -reward[:, 1]
     )
     np.testing.assert_allclose(loss.per_pair(*batch), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("beta_dpo", {}), ("bco_pair", {"delta": "ema"})]
+)
+def test_a_running_mean_is_moved_by_pairs_alone(name, options, batch):
+    """Rows that fill up a batch do not count, nor does a batch of them."""
+    policy, reference = batch
+    loss, alone = (losses.get(name, **options) for _ in range(2))
+    alone.update_state(*batch)
+    empty = [x._replace(mask=np.zeros_like(x.mask)) for x in batch]
+    both = [
+        PairLogProbs(*(np.concatenate([a, b]) for a, b in zip(x, y, strict=True)
+                       if a is not None))
+        for x, y in zip(batch, empty, strict=True)
+    ]  # fmt: skip
+    loss.update_state(*both)
+    moved = float(loss.running_mean.value)
+    assert moved == pytest.approx(float(alone.running_mean.value), rel=1e-6)
+    assert moved != 0
+    loss.update_state(*empty)
+    assert float(loss.running_mean.value) == moved
 
 
 def test_function_and_mapping(batch):

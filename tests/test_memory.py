@@ -1,5 +1,6 @@
 """What a step takes, predicted; and what is kept between runs."""
 
+import json
 import re
 import subprocess
 import sys
@@ -73,9 +74,29 @@ def test_deeper_models_follow_from_two():
     assert found.peak == pytest.approx(whole.peak, rel=0.15)
 
 
-def test_plan_needs_no_weights(smollm2, tmp_path):
+# SmolLM2-135M-Instruct.
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+}
+
+
+def test_plan_needs_no_weights(tmp_path):
     """From a directory that holds the configuration alone."""
-    (tmp_path / "config.json").write_text((smollm2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     found = plan(
         DPOConfig(
             repo_id=str(tmp_path),
@@ -105,12 +126,12 @@ print("FOUND", len(jax.devices()), report.policy, report.optimizer,
 """
 
 
-def test_plan_of_a_mesh_that_is_not_there(smollm2, tmp_path):
+def test_plan_of_a_mesh_that_is_not_there(tmp_path):
     """Bytes of one of eight simulated devices; nothing is held, or begun.
 
     A configuration alone starts no JAX, or processes could not meet.
     """
-    (tmp_path / "config.json").write_text((smollm2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
     def found(mesh):
         done = subprocess.run(

@@ -16,8 +16,9 @@ from conftest import ROOT
 import keras_dpo
 from keras_dpo import DPOConfig
 from keras_dpo.demo import make_questions, make_tokenizer
+from keras_dpo.losses import PairLogProbs
 from keras_dpo.preprocessor import DPOPreprocessor
-from keras_dpo.train import make_callbacks, make_optimizer
+from keras_dpo.train import make_optimizer
 
 LN2 = float(np.log(2))
 
@@ -51,6 +52,7 @@ def preset(tmp_path_factory):
 
     save("policy", 0)
     save("other", 1)
+    save("noisy", 0, dropout=0.5)
     rows = [
         {"prompt": q.prompt, "chosen": f" {q.right}", "rejected": f" {q.wrong}"}
         for q in training[:24]
@@ -133,14 +135,25 @@ PAGE_LOSSES = (
 def test_loss_type_is_the_loss_that_runs(name, run):
     done = run(loss_type=name, max_steps=1)
     assert isinstance(done.model.preference_loss, keras_dpo.losses.LOSSES[name])
-    assert np.isfinite(steps_of(done)[0]["loss"])
+    # At the start both models are the same.
+    same = PairLogProbs(np.zeros((1, 2, 1)), np.ones((1, 2, 1)))
+    expected = keras_dpo.losses.get(name, beta=0.1).per_pair(same, same)[0]
+    assert steps_of(done)[0]["loss"] == pytest.approx(
+        float(expected), abs=1e-4, rel=1e-4
+    )
 
 
 def test_loss_weights_mix(run):
-    done = run(
-        loss_type="sigmoid,bco_pair,sft", loss_weights="0.8,0.2,1", max_steps=1
-    )
-    assert done.model.preference_loss.weights == [0.8, 0.2, 1.0]
+    """At the start sigmoid is ln 2, bco_pair twice that."""
+    sft = steps_of(run(loss_type="sft", max_steps=1))[0]["loss"]
+    for weights in ((0.8, 0.2, 1.0), (0.1, 2.0, 0.3)):
+        done = run(
+            loss_type="sigmoid,bco_pair,sft",
+            loss_weights=",".join(map(str, weights)),
+            max_steps=1,
+        )
+        expected = np.dot(weights, [LN2, 2 * LN2, sft])
+        assert steps_of(done)[0]["loss"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="no effect on one loss"):
         DPOConfig(loss_weights="1")
 
@@ -191,14 +204,28 @@ def test_sync_ref_model_moves_the_reference(run):
         np.testing.assert_array_equal(a.value, b.value)
 
 
-def test_ref_model_mixup_alpha_is_the_share_of_the_policy(tmp_path):
-    config = DPOConfig(sync_ref_model=True, ref_model_mixup_alpha=0.3)
-    sync = next(
-        x
-        for x in make_callbacks(config, tmp_path, 10)
-        if isinstance(x, keras_dpo.callbacks.ReferenceSync)
+def test_ref_model_mixup_alpha_is_the_share_of_the_policy(run, preset):
+    """0.3 of the policy after step 2 of 3, 0.7 of what it began with."""
+    constant = {"learning_rate_schedule": "constant"}
+    synced = run(
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        ref_model_mixup_alpha=0.3,
+        **constant,
     )
-    assert (sync.alpha, sync.every) == (0.3, 64)
+    second = run(max_steps=2, **constant)
+    start = keras_dpo.load_policy(preset / "policy")
+    for mixed, policy, initial in zip(
+        synced.model.reference.snapshot,
+        second.model.trainable_variables,
+        start.trainable_variables,
+        strict=True,
+    ):
+        policy, initial = np.asarray(policy.value), np.asarray(initial.value)
+        assert np.abs(policy - initial).max() > 1e-3
+        np.testing.assert_allclose(
+            mixed.value, 0.3 * policy + 0.7 * initial, atol=1e-6
+        )
     assert DPOConfig().ref_model_mixup_alpha == 0.9
 
 
@@ -209,17 +236,32 @@ def test_sync_settings_without_sync_are_told():
     ]
 
 
-def test_disable_dropout_reaches_the_model(run):
-    assert run(max_steps=1).model.disable_dropout is True
-    assert run(max_steps=1, disable_dropout=False).model.disable_dropout is (
-        False
-    )
+def test_disable_dropout_reaches_the_model(run, preset):
+    """A policy with dropout is its own reference only where it is off."""
+    noisy = {"repo_id": str(preset / "noisy"), "max_steps": 1, "beta": 1.0}
+    off = steps_of(run(**noisy))[0]
+    on = steps_of(run(disable_dropout=False, **noisy))[0]
+    assert off["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert off["chosen_reward"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(on["loss"] - LN2) > 1e-3
 
 
 def test_total_batch_size_is_pairs_per_update(run):
-    done = run(total_batch_size=12, gradient_accumulation_steps=3)
-    assert int(done.model.optimizer.iterations.value) == 2
-    assert done.model.gradient_accumulation_steps == 3
+    """24 pairs."""
+    for size, updates in ((12, 2), (6, 4)):
+        done = run(total_batch_size=size, gradient_accumulation_steps=3)
+        assert int(done.model.optimizer.iterations.value) == updates
+
+
+def test_gradient_accumulation_steps_are_micro_batches(run):
+    """A loss that sorts the pairs sees fewer of them at once."""
+    found = [
+        steps_of(run(loss_type="aot", beta=1.0, gradient_accumulation_steps=n))
+        for n in (1, 4)
+    ]
+    first, last = ([steps[i]["loss"] for steps in found] for i in (0, -1))
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert abs(last[0] - last[1]) > 1e-6
 
 
 def test_gradient_accumulation_steps_change_nothing(run):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from conftest import need_shared
+from chat_tokenizer import save_chat_preset
+from conftest import ORACLE
 
 from keras_dpo import DPOPreprocessor, generate, load_policy, save_policy
-from keras_dpo.presets import load_tokenizer
+from keras_dpo.presets import count_layers, load_outline, load_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 
@@ -25,7 +26,7 @@ def logits_of(policy, ids):
 def llama_directory(tmp_path):
     """The oracle's Llama, to be changed."""
     directory = tmp_path / "llama"
-    shutil.copytree(need_shared("oracle", "tiny_llama"), directory)
+    shutil.copytree(ORACLE / "tiny_llama", directory)
     return directory
 
 
@@ -194,6 +195,28 @@ def test_smollm2_loads_saves_and_answers(smol_policy, tmp_path):
     assert generate(again, reread, question, 12) == answers
 
 
+def test_a_chat_policy_loads_saves_and_answers_alike(chat_preset, tmp_path):
+    """The same of a random one: same ids, template and answers."""
+    import keras_hub
+
+    policy = load_policy(chat_preset)
+    preprocessor = DPOPreprocessor.from_policy(policy)
+    assert "tokenizer.json" in preprocessor.tokenizer.name
+    question = [[{"role": "user", "content": "What is the capital of France?"}]]
+    answers = generate(policy, preprocessor, question, 12)
+    assert len(answers[0]) > 2
+    save_policy(policy, tmp_path / "policy", preprocessor)
+    plain = keras_hub.models.CausalLM.from_preset(str(tmp_path / "policy"))
+    ids = preprocessor.tokenizer.encode([TEXT])[0]
+    np.testing.assert_array_equal(logits_of(plain, ids), logits_of(policy, ids))
+    again = load_policy(str(tmp_path / "policy"))
+    reread = DPOPreprocessor.from_policy(again)
+    assert reread.prompt_ids(question[0]) == preprocessor.prompt_ids(
+        question[0]
+    )
+    assert generate(again, reread, question, 12) == answers
+
+
 def test_keras_hub_still_loses_tied_embeddings(tmp_path):
     """When this fails, `presets._mend_tied` can go."""
     import keras_hub
@@ -261,13 +284,30 @@ def test_no_such_preset(tmp_path):
         load_policy(str(tmp_path))
 
 
-def test_tokenizer_without_weights(smollm2):
-    assert load_tokenizer(str(smollm2)).eos_token == "<|im_end|>"
+def test_a_directory_wins_over_a_built_in_preset_of_its_name(
+    tmp_path, monkeypatch
+):
+    """`gemma3_instruct_270m` beside us is that, not a download."""
+    import keras_hub
+
+    name = "gemma3_instruct_270m"
+    assert name in keras_hub.models.Gemma3CausalLM.presets
+    monkeypatch.chdir(tmp_path)
+    save_chat_preset(name, "Gemma3")
+    assert load_policy(name).backbone.hidden_dim == 32
+    assert load_outline(name, 1).backbone.hidden_dim == 32
+    assert count_layers(name) == 2
+    assert load_tokenizer(name).eos_token == "<|im_end|>"
 
 
-def test_generate_leaves_the_sampler(smol_policy):
-    preprocessor = DPOPreprocessor.from_policy(smol_policy)
-    before = smol_policy.sampler
-    generate(smol_policy, preprocessor, ["Hello"], 2)
-    assert smol_policy.sampler is before
-    assert isinstance(smol_policy, keras.Model)
+def test_tokenizer_without_weights(chat_preset):
+    assert load_tokenizer(chat_preset).eos_token == "<|im_end|>"
+
+
+def test_generate_leaves_the_sampler(chat_preset):
+    policy = load_policy(chat_preset)
+    preprocessor = DPOPreprocessor.from_policy(policy)
+    before = policy.sampler
+    generate(policy, preprocessor, ["Hello"], 2)
+    assert policy.sampler is before
+    assert isinstance(policy, keras.Model)

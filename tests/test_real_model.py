@@ -6,6 +6,7 @@ import os
 import keras
 import numpy as np
 import pytest
+from conftest import PAIRS
 
 import keras_dpo
 from keras_dpo import DPOConfig
@@ -18,7 +19,7 @@ RANKS = [8, 0] if os.environ.get("KERAS_DPO_LORA") else [0]
 
 
 @pytest.mark.parametrize("lora_rank", RANKS)
-def test_a_few_steps_on_real_pairs(lora_rank, smollm2, demo_data, tmp_path):
+def test_a_few_steps_on_real_pairs(lora_rank, smollm2, tmp_path):
     """Starts at ln 2, lowers the loss on what it sees, leaves a preset that
     Keras-Hub loads and that answers."""
     import keras_hub
@@ -27,7 +28,7 @@ def test_a_few_steps_on_real_pairs(lora_rank, smollm2, demo_data, tmp_path):
         DPOConfig(
             model_name="short",
             repo_id=str(smollm2),
-            dataset_name=str(demo_data),
+            dataset_name=str(PAIRS),
             # A few pairs, seen again: what is measured is the mechanics.
             dataset_split="train[:4]",
             lora_rank=lora_rank,
@@ -65,7 +66,7 @@ def test_a_few_steps_on_real_pairs(lora_rank, smollm2, demo_data, tmp_path):
     )
     model = keras_dpo.DPOModel(tuned, preprocessor=limits)
     model.compile()
-    rows = keras_dpo.data.read_rows(demo_data, "train[:2]")
+    rows = keras_dpo.data.read_rows(PAIRS, "train[:2]")
     scores = model.predict(rows, batch_size=2, verbose=0)
     assert np.isfinite(scores["chosen_log_prob"]).all()
     assert scores["reward_margin"].tolist() == [0.0, 0.0]

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from chat_tokenizer import make_chat_tokenizer
 from conftest import random_pairs, tiny_policy, values_of
 from test_losses import ExponentialLoss
 
@@ -112,10 +113,11 @@ def test_losses_survive(loss, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_preprocessor_with_its_tokenizer_survives(smollm2, tmp_path):
+def test_preprocessor_with_its_tokenizer_survives(tmp_path):
     policy = tiny_policy()
+    make_chat_tokenizer().save_pretrained(tmp_path / "tokenizer")
     preprocessor = DPOPreprocessor(
-        str(smollm2), max_length=77, max_prompt_length=30
+        str(tmp_path / "tokenizer"), max_length=77, max_prompt_length=30
     )
     model = DPOModel(policy, preprocessor=preprocessor)
     model.compile()

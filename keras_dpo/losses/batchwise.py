@@ -104,7 +104,9 @@ class _RunningMean:
     ) -> None:
         batch_mean = jnp.sum(values * real) / jnp.maximum(jnp.sum(real), 1.0)
         batch_mean = jax.lax.stop_gradient(batch_mean)
-        mean.assign(self.momentum * mean + (1.0 - self.momentum) * batch_mean)
+        moved = self.momentum * mean + (1.0 - self.momentum) * batch_mean
+        # A micro-batch of a short batch can hold empty rows alone.
+        mean.assign(jnp.where(jnp.any(real), moved, mean.value))
 
 
 @register

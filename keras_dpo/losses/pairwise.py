@@ -23,6 +23,11 @@ register = keras.saving.register_keras_serializable(package="keras_dpo")
 loss_class = dataclasses.dataclass(eq=False, repr=False)
 
 
+# A score's limit where it is squared: the squares of a thousand pairs, and
+# their slopes, still add up to a float32. (exp(40) is a little less.)
+LARGEST_SQUARED_SCORE = 2.5e17
+
+
 def smoothed_log_loss(x: Array, label_smoothing: float) -> Array:
     """-(1 - e) log sigmoid(x) - e log sigmoid(-x), element by element."""
     return -(1.0 - label_smoothing) * log_sigmoid(
@@ -100,6 +105,8 @@ class IPO(_DivergenceLoss):
         scores = self.scores(policy, reference)
         if self.length_average:
             scores = scores / jnp.maximum(policy.lengths, 1.0)
+        limit = LARGEST_SQUARED_SCORE
+        scores = jnp.clip(scores, -limit, limit)
         margin = scores[:, 0] - scores[:, 1]
         return (margin - 1.0 / (2.0 * self.beta)) ** 2
 

@@ -6,8 +6,7 @@ Runs in an environment of its own, never the project's:
     trl/bin/pip install trl==1.16.0
     trl/bin/python tests/trl/record_five_steps.py
 
-It reads `../shared/oracle` beside the project and writes `five_steps.json`
-beside itself.
+It reads `tests/oracle` and writes `five_steps.json` beside itself.
 """
 
 import json
@@ -20,7 +19,7 @@ import trl
 from datasets import Dataset
 
 HERE = pathlib.Path(__file__).parent
-ORACLE = HERE.parent.parent.parent / "shared" / "oracle"
+ORACLE = HERE.parent / "oracle"
 
 
 class IdTrainer(trl.DPOTrainer):
