@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from keras_dpo.data.pairs import TokenizedPairs
 from keras_dpo.distribution import on_any_process, to_host
 from keras_dpo.errors import UserError
 from keras_dpo.files import write_beside
+from keras_dpo.locks import locked
 from keras_dpo.messages import say
 
 # Raised when stores of an earlier version must not be read.
@@ -87,6 +88,9 @@ class ReferenceStore:
                 for name, value in self._content.items()
                 if content.get(name) != value
             ]
+            if changed == ["number types"]:
+                # The same reference, rounded otherwise: both are kept.
+                continue
             raise UserError(
                 f"{path.parent} holds reference log-probs of these pairs, but "
                 f"with other {' and '.join(changed)}. Remove it, or choose "
@@ -103,10 +107,12 @@ class ReferenceStore:
         """Whether every part is there, for every process."""
         return not self._missing()
 
-    def _missing(self) -> list[int]:
+    def _missing(self, parts: Sequence[int] | None = None) -> list[int]:
         """Parts that a process does not find: all must compute together."""
-        there = [self._path(n).exists() for n in range(self.num_parts)]
-        return np.flatnonzero(on_any_process(~np.array(there))).tolist()
+        parts = range(self.num_parts) if parts is None else parts
+        there = [self._path(n).exists() for n in parts]
+        gone = on_any_process(~np.array(there))
+        return [n for n, is_gone in zip(parts, gone, strict=True) if is_gone]
 
     def fill(
         self, compute: Callable[[int], Iterable[tuple[int, np.ndarray]]]
@@ -117,8 +123,7 @@ class ReferenceStore:
             compute: From a part's number to the place in the part of each of
                 its pairs, with its log-probs `(2, tokens)`.
         """
-        missing = self._missing()
-        if not missing:
+        if self.is_whole:
             say(f"Reference log-probs: read from {self.directory}")
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -126,22 +131,31 @@ class ReferenceStore:
             self.directory / "content.json",
             json.dumps(self._content, indent=1).encode(),
         )
-        for n in missing:
-            indices = self.indices(n)
-            say(
-                f"Reference log-probs: pairs {indices[0]:,} to "
-                f"{indices[-1] + 1:,} of {len(self._widths):,}"
-            )
-            ends = np.cumsum(self._widths[indices])
-            flat = np.zeros(ends[-1], "float32")
-            for place, values in compute(n):
-                index = indices[place]
-                end, chosen = ends[place], self._splits[index]
-                start = end - self._widths[index]
-                flat[start : start + chosen] = values[0, :chosen]
-                rejected = end - start - chosen
-                flat[start + chosen : end] = values[1, :rejected]
-            write_beside(self._path(n), flat.tobytes())
+        for n in self._missing():
+            # Another run may fill the same store: what it has written, or is
+            # writing, is read.
+            with locked(self.directory, "A reference store", wait=True):
+                if self._missing([n]):
+                    self._write_part(n, compute(n))
+
+    def _write_part(
+        self, n: int, log_probs: Iterable[tuple[int, np.ndarray]]
+    ) -> None:
+        indices = self.indices(n)
+        say(
+            f"Reference log-probs: pairs {indices[0]:,} to "
+            f"{indices[-1] + 1:,} of {len(self._widths):,}"
+        )
+        ends = np.cumsum(self._widths[indices])
+        flat = np.zeros(ends[-1], "float32")
+        for place, values in log_probs:
+            index = indices[place]
+            end, chosen = ends[place], self._splits[index]
+            start = end - self._widths[index]
+            flat[start : start + chosen] = values[0, :chosen]
+            rejected = end - start - chosen
+            flat[start + chosen : end] = values[1, :rejected]
+        write_beside(self._path(n), flat.tobytes())
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Log-probs of a pair, `(2, tokens)`, zero beyond a completion."""

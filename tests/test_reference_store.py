@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 
+import keras
 import numpy as np
 import pytest
 from conftest import environment, random_pairs, tiny_policy
@@ -177,3 +178,116 @@ def test_content_names_what_it_was_computed_from(tmp_path):
         "token_ids",
         "layout",
     }
+
+
+FILLED_BY_TWO = """
+import sys, time
+from conftest import random_pairs
+from keras_dpo import PreferenceDataset, reference_store
+reference_store.PAIRS_PER_PART = 4
+import numpy as np
+pairs = PreferenceDataset(random_pairs(40), verbose=False).pairs
+store = reference_store.ReferenceStore({directory!r}, pairs, {{}})
+def compute(n):
+    for place in range(len(store.indices(n))):
+        time.sleep(0.02)
+        yield place, np.full((2, 99), n, "float32")
+    print("computed", n, flush=True)
+print("ready", flush=True)
+sys.stdin.readline()
+store.fill(compute)
+print("whole", store[39][0, 0], flush=True)
+"""
+
+
+def test_two_runs_fill_one_store_part_by_part(tmp_path):
+    """Neither fails, and no part is computed twice."""
+    script = FILLED_BY_TWO.format(directory=str(tmp_path))
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
+    computed = []
+    for run in runs:
+        out, err = run.communicate(timeout=300)
+        assert run.returncode == 0, err[-2000:]
+        assert "whole 9.0" in out
+        computed += [x for x in out.splitlines() if x.startswith("computed")]
+    assert sorted(computed) == sorted(f"computed {n}" for n in range(10))
+    (store,) = tmp_path.glob("reference-*")
+    names = {p.name for p in store.iterdir()}
+    assert names == {
+        "content.json",
+        *(f"part-{n:06d}.float32" for n in range(10)),
+    }
+
+
+def test_number_types_lie_side_by_side(tmp_path):
+    """Also where the directory was named; other weights do not."""
+    records = random_pairs(6)
+    options = {"precompute_reference": True, "reference_cache": str(tmp_path)}
+    stores = {
+        dtype: compiled(tiny_policy(dtype=dtype), **options).precompute(records)
+        for dtype in ("float32", "mixed_bfloat16")
+    }
+    assert stores["float32"] != stores["mixed_bfloat16"]
+    again = compiled(tiny_policy(), **options).precompute(records)
+    assert again == stores["float32"]
+    with pytest.raises(ValueError, match="with other reference weights"):
+        compiled(tiny_policy(seed=9), **options).precompute(records)
+
+
+def test_what_a_model_computes_with_is_part_of_its_store(tmp_path):
+    """The same weights under another RMS epsilon."""
+    import keras_hub
+
+    def model(epsilon):
+        keras.utils.set_random_seed(0)
+        backbone = keras_hub.models.Llama3Backbone(
+            vocabulary_size=64,
+            num_layers=1,
+            num_query_heads=2,
+            num_key_value_heads=1,
+            hidden_dim=16,
+            intermediate_dim=16,
+            layer_norm_epsilon=epsilon,
+        )
+        policy = keras_hub.models.Llama3CausalLM(backbone, None)
+        return compiled(policy, precompute_reference=True)
+
+    records = random_pairs(6)
+    stores = [model(e).precompute(records) for e in (1e-6, 1e-1, 1e-6)]
+    assert stores[0] != stores[1]
+    assert stores[0] == stores[2]
+    rewards = model(1e-1).predict(records, verbose=0)["chosen_reward"]
+    np.testing.assert_allclose(rewards, 0, atol=1e-5)
+
+
+def test_adapters_that_add_nothing_share_the_store_of_their_base():
+    """`precompute` without LoRA, `train` with it."""
+    records = random_pairs(6)
+    base = compiled(tiny_policy(), precompute_reference=True)
+    directory = base.precompute(records)
+    policy = tiny_policy()
+    policy.backbone.enable_lora(4)
+    adapted = compiled(policy, precompute_reference=True)
+    assert adapted.precompute(records) == directory
+    expected = base.predict(records, verbose=0)["reference_chosen_log_prob"]
+    found = adapted.predict(records, verbose=0)["reference_chosen_log_prob"]
+    np.testing.assert_array_equal(found, expected)
+    for variable in policy.trainable_variables:
+        variable.assign(0.1 * np.ones(variable.shape))
+    trained = compiled(policy, precompute_reference=True)
+    assert trained.precompute(records) != directory

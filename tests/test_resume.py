@@ -31,11 +31,19 @@ def data(pairs=12, **options):
     return PreferenceDataset(random_pairs(pairs), **options)
 
 
-def run(directory=None, callbacks=(), model=None, epochs=2, **options):
+def run(
+    directory=None,
+    callbacks=(),
+    model=None,
+    epochs=2,
+    keep=2,
+    resume="auto",
+    **options,
+):
     model = model or model_of()
     callbacks = list(callbacks)
     if directory is not None:
-        callbacks.append(TrainingBackup(directory, every=1))
+        callbacks.append(TrainingBackup(directory, 1, keep, resume))
     options = {"x": data(), "verbose": 0, **options}
     model.fit(epochs=epochs, callbacks=callbacks, **options)
     return model
@@ -168,6 +176,13 @@ def test_a_higher_limit_goes_on(limit, higher, tmp_path, caplog):
     assert records(tmp_path / "b.jsonl") == records(tmp_path / "a.jsonl")
 
 
+def test_a_higher_limit_of_the_same_epochs_is_finished(tmp_path, caplog):
+    """The limit was the last epoch's end."""
+    first = run(tmp_path, [StopAfter(6)])
+    check_same(run(tmp_path, [StopAfter(9)]), first)
+    assert "nothing left to do" in caplog.text
+
+
 def test_what_early_stopping_ended_stays_finished(tmp_path, caplog):
     def stopped(epochs):
         early = keras.callbacks.EarlyStopping("loss", patience=1, min_delta=1e9)
@@ -215,6 +230,14 @@ def test_differences_are_named_at_every_depth():
         "f was 1 and is null",
         "g was null and is 1",
     ]
+
+
+def test_going_on_from_an_older_backup_leaves_the_newer_ones(tmp_path):
+    """Of the same directory: they are of another branch of the run."""
+    expected = run(tmp_path, keep=9)
+    found = run(tmp_path, keep=9, resume=tmp_path / "2")
+    check_same(found, expected)
+    check_same(run(tmp_path, keep=9), expected)
 
 
 # --- Settings -----------------------------------------------------------------

@@ -152,6 +152,8 @@ class TrainingBackup(AfterStep):
         restored = None
         if source is not None:
             restored = self._restore(model, *source)
+            if source[0] == self.directory:
+                self._leave_later_ones(source[1])
         self._last_save = time.monotonic()
         self._begun_at: tuple[int, float] | None = None
         return restored
@@ -187,8 +189,9 @@ class TrainingBackup(AfterStep):
             )
         return path, steps[-1]
 
-    def _move_aside(self) -> None:
-        if not steps_in(self.directory):
+    def _move_aside(self, after: int = -1) -> None:
+        """Move backups of later steps out of the way of this run's."""
+        if not any(step > after for step in steps_in(self.directory)):
             return
         number = 1
         while (aside := name_beside(self.directory, number)).exists():
@@ -196,9 +199,18 @@ class TrainingBackup(AfterStep):
         aside.mkdir()
         # Not the directory itself, which is locked.
         for path in self.directory.iterdir():
-            if path.name != LOCK_FILE:
+            stays = path.name.isdigit() and int(path.name) <= after
+            if not stays and path.name != LOCK_FILE:
                 os.replace(path, aside / path.name)
         say(f"Earlier backups were moved to {aside}")
+
+    def _leave_later_ones(self, step: int) -> None:
+        """A run that goes on from an older backup comes to them again."""
+        wait_for_processes("the backup is read")
+        if is_main_process():
+            self._move_aside(step)
+        wait_for_processes("later backups are aside")
+        self._manager.reload()
 
     def _open(self) -> None:
         import orbax.checkpoint as orbax
@@ -241,20 +253,7 @@ class TrainingBackup(AfterStep):
         if directory != self.directory:
             manager = orbax.CheckpointManager(directory)
         info = read_backup(manager, step, path, info=orbax.args.JsonRestore())
-        # A sync made the reference part of the backup.
-        model.reference.synced = info["reference_synced"]
-        changed = training_state.differences(
-            info["identity"], self._identity(model)
-        )
-        if not changed and info["fixed"] != self._hash_fixed(model):
-            changed = ["the weights that are not trained differ"]
-        if changed:
-            raise UserError(
-                f"The backup {path} is of another run: {'; '.join(changed)}. "
-                + training_state.remedies(changed)
-                + "Use the settings, data and model that it was written with, "
-                "another directory, or resume='never' to begin anew."
-            )
+        self._check_is_of_this_run(path, info, model)
         wanted = {
             name: jax.ShapeDtypeStruct(
                 v.shape, v.dtype, sharding=v.value.sharding
@@ -288,8 +287,8 @@ class TrainingBackup(AfterStep):
                 finished=True,
                 end_with_average=end.end_with_average,
             )
-        if end is None and self._place.epoch >= self._epochs:
-            # Killed between the last backup and the end.
+        if self._place.epoch >= self._epochs:
+            # Killed before it could say so, or a limit at the very end.
             return restored._replace(finished=True)
         say(
             f"Going on from {path}: epoch {self._place.epoch + 1}, "
@@ -297,6 +296,24 @@ class TrainingBackup(AfterStep):
             "done"
         )
         return restored
+
+    def _check_is_of_this_run(
+        self, path: pathlib.Path, info: dict[str, Any], model: Any
+    ) -> None:
+        # A sync made the reference part of the backup.
+        model.reference.synced = info["reference_synced"]
+        changed = training_state.differences(
+            info["identity"], self._identity(model)
+        )
+        if not changed and info["fixed"] != self._hash_fixed(model):
+            changed = ["the weights that are not trained differ"]
+        if changed:
+            raise UserError(
+                f"The backup {path} is of another run: {'; '.join(changed)}. "
+                + training_state.remedies(changed)
+                + "Use the settings, data and model that it was written with, "
+                "another directory, or resume='never' to begin anew."
+            )
 
     def _identity(self, model: Any) -> dict[str, Any]:
         shapes = training_state.variable_shapes(model)
