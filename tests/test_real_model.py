@@ -18,6 +18,7 @@ LN2 = float(np.log(2))
 RANKS = [8, 0] if os.environ.get("KERAS_DPO_LORA") else [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", RANKS)
 def test_a_few_steps_on_real_pairs(lora_rank, smollm2, tmp_path):
     """Starts at ln 2, lowers the loss on what it sees, leaves a preset that

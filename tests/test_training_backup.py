@@ -50,6 +50,7 @@ def wait_for_steps(process, number):
     return False
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(tmp_path):
     """SIGKILL at random moments, many of them inside a write.
 
@@ -72,6 +73,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
         assert found[kind] == whole[kind], kind
 
 
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_save_and_lose_nothing(tmp_path):
     """SIGTERM ends with 75, Ctrl-C with the exception; both can go on."""
     whole = finish(start(tmp_path / "whole", "full"))
