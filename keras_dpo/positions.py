@@ -1,5 +1,6 @@
 """How many positions a model knows."""
 
+import sys
 from typing import Any
 
 import keras
@@ -10,6 +11,9 @@ def num_positions(policy: keras.Model) -> int | None:
 
     A position beyond it would be NaN (`take` of JAX) or a shape error.
     """
+    if "keras_hub" not in sys.modules:
+        # Seconds to import, and no layer can be one of its.
+        return None
     import keras_hub
 
     backbone: Any = getattr(policy, "backbone", policy)

@@ -340,7 +340,7 @@ class Orders(RuleBasedStateMachine):
 TestOrders = Orders.TestCase
 TestOrders.settings = settings(
     max_examples=EXAMPLES,
-    stateful_step_count=8 if EXAMPLES < 100 else 20,
+    stateful_step_count=8 if EXAMPLES < 100 else 14,
     deadline=None,
     derandomize=EXAMPLES < 100,
     suppress_health_check=list(HealthCheck),
