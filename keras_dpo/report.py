@@ -8,6 +8,8 @@ from typing import Any
 from keras_dpo.files import write_beside
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 52, 28
+# Of a chart's values, as a share of the largest.
+LEAST_SPAN = 0.05
 COLORS = ("#1a6fb0", "#c8501e")
 CHARTS = (
     ("Loss", ("loss",)),
@@ -88,7 +90,9 @@ def _chart(
         return ""
     xs, ys = zip(*points, strict=True)
     low, high = min(ys), max(ys)
-    pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
+    # A change of the sixth digit must not fill the chart.
+    least = LEAST_SPAN * max(abs(low), abs(high)) or LEAST_SPAN
+    pad = max(0.05 * (high - low), (least - (high - low)) / 2)
     low, high = low - pad, high + pad
     first, last = min(0, *xs), max(*xs, 1)
 

@@ -1,6 +1,7 @@
 """Guards: what they say when a run goes wrong, and when."""
 
 import json
+import re
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from keras_dpo.callbacks import (
     StuckLossGuard,
     TrainingBackup,
 )
+from keras_dpo.report import write_report
 
 
 @pytest.fixture(autouse=True)
@@ -233,3 +235,15 @@ def test_pairs_that_are_ranked_the_wrong_way_round_are_told(caplog, capsys):
         said = capsys.readouterr().out
         assert ("clearly fewer than one half" in said) == is_told
         assert ("Chosen and rejected may be swapped" in said) == is_told
+
+
+def test_a_loss_that_did_not_move_is_a_flat_line(tmp_path):
+    """In the report: the sixth digit of ln 2 does not fill the chart."""
+    records = [{"step": n, "loss": 0.693147 - 1e-7 * n} for n in range(1, 99)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    write_report(tmp_path, "run", [], [], [])
+    page = (tmp_path / "report.html").read_text()
+    (points,) = re.findall(r"<polyline points='([^']+)'", page)
+    heights = [float(point.split(",")[1]) for point in points.split()]
+    assert max(heights) - min(heights) < 1
