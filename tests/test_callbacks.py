@@ -50,7 +50,10 @@ class NumberTokenizer(TextTokenizer):
     special_texts = {}
 
     def encode(self, texts):
-        return [[int(word) for word in text.split()] for text in texts]
+        return [
+            [int(word) if word.isdigit() else 1 for word in text.split()]
+            for text in texts
+        ]
 
     def encode_plain(self, text):
         return [3]

@@ -1,5 +1,6 @@
 """The command: help, config and flags, mistakes in one line."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -347,6 +348,53 @@ def test_mistakes_are_one_line_and_status_2(command, mistakes):
         assert err.count("\n") == 1, (name, err)
         assert err.startswith("keras-dpo: error: "), (name, err)
         assert len(err) > 40, (name, err)
+
+
+def test_a_bug_of_ours_ends_with_its_traceback(command, preset, monkeypatch):
+    """Whatever class Python gave it; a user's mistake has its own."""
+    for error in (TypeError, ValueError, KeyError):
+
+        def broken(*_, error=error):
+            raise error("broken on purpose")
+
+        module = importlib.import_module("keras_dpo.train")
+        monkeypatch.setattr(module, "make_policy", broken)
+        arguments = ["--repo_id", preset / "policy", "--dataset_name"]
+        with pytest.raises(error, match="on purpose"):
+            command("evaluate", *arguments, preset / "pairs.jsonl")
+
+
+def test_settings_out_of_range_are_one_line(command, preset):
+    pairs = ["--repo_id", preset / "policy", "--dataset_name"]
+    pairs.append(preset / "pairs.jsonl")
+    for name, value in (
+        ("lora_rank", -1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("num_sample_prompts", -1),
+        ("max_new_tokens", 0),
+        ("evaluation_batch_size", 0),
+        ("clip_norm", 0),
+        ("weight_decay", -1),
+        ("max_completion_length", 0),
+    ):
+        status, _, err = command("train", *pairs, f"--{name}", value)
+        assert status == 2, (name, err)
+        assert err.count("\n") == 1, (name, err)
+        assert name in err, err
+
+
+def test_an_engine_that_is_not_there_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_dpo", "train", "--repo_id", "x",
+         "--dataset_name", "y", "--distributed", "slurm"],
+        env=environment(SLURM_JOB_ID=""),
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "Processes cannot meet by 'slurm'" in last
 
 
 def python(code, **variables):

@@ -18,6 +18,7 @@ from test_callbacks import NumberTokenizer
 from keras_dpo import DPOConfig, DPOModel, PreferenceDataset
 from keras_dpo.cli import main
 from keras_dpo.data import read_rows
+from keras_dpo.errors import UserError
 from keras_dpo.preprocessor import DPOPreprocessor
 
 TRIES = int(os.environ.get("KERAS_DPO_FUZZ", 100))
@@ -27,8 +28,6 @@ LIMITS = settings(
     derandomize=TRIES <= 100,
     suppress_health_check=list(HealthCheck),
 )
-# What a user's mistake may raise; the command shows it as one line.
-USER_ERRORS = (ValueError, TypeError)
 
 scalars = st.one_of(
     st.none(),
@@ -104,7 +103,7 @@ def sound_or_refused(source, **options):
             source, preprocessor(**options), batch_size=2, verbose=False
         )
         dataset.check_fits(model())
-    except USER_ERRORS as error:
+    except UserError as error:
         return bool(str(error).strip()) and None
     for indices in dataset.all_batches():
         batch = dataset.make_batch(indices)
