@@ -379,7 +379,7 @@ class TrainingBackup(AfterStep):
             )
         return time.monotonic() - self._last_save >= self.every_seconds
 
-    def _agree_onsteps_in(self) -> None:
+    def _agree_on_steps(self) -> None:
         """Turn the time into steps: clocks of processes differ.
 
         Once, from what the first process has measured.
