@@ -46,7 +46,9 @@ def restore_trained_parts(policy: keras.Model, record: dict[str, Any]) -> None:
     layers = list(policy._flatten_layers())
     for index, settings in record["lora"].items():
         layer = layers[int(index)]
-        layer.enable_lora(settings["lora_rank"])
+        if not layer.lora_enabled:
+            # Keras' own layers bring it back, backbones of Keras-Hub do not.
+            layer.enable_lora(settings["lora_rank"])
         for name, value in settings.items():
             setattr(layer, name, value)
     for variable, trainable in zip(
