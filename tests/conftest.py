@@ -47,6 +47,9 @@ LONG_FILES = (
     "test_memory",
     "test_distribution",
     "test_real_model",
+    "test_resume",
+    "test_sequences",
+    "test_conversations",
 )
 
 

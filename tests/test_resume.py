@@ -126,6 +126,7 @@ class RateAtTheStart(keras.callbacks.Callback):
         self.model.optimizer.learning_rate = 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [2, 3, 5])
 def test_callbacks_act_on_a_resume_as_in_a_straight_run(batches, tmp_path):
     """Halving the rate at each epoch's start: once for each."""
@@ -288,6 +289,7 @@ def averaging(swap_on_epoch=None, **options):
     return model, [swap]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("swap", "scaled"),
     [(None, False), (False, True), (True, False), (True, True)],
@@ -340,6 +342,7 @@ def check_same_policy(found, expected):
     assert found.history.history == expected.history.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("swap", "limit"), [(None, 4), (False, 4), (True, 4), (True, 3)]
 )
