@@ -13,6 +13,7 @@ from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
 from keras_dpo.presets import text_tokenizer_of
 from keras_dpo.reference import (
+    ModelReference,
     NoReference,
     PrecomputedReference,
     SnapshotReference,
@@ -151,6 +152,21 @@ def check_differentiable(policy: keras.Model) -> None:
             )
 
 
+def check_one_reference(model: Any, dataset: Any) -> None:
+    """Raise where a reference model and the data both bring log-probs."""
+    was_given = model._reference_was_dropped or isinstance(
+        model.reference, ModelReference
+    )
+    if model.precompute_reference and was_given and dataset.has_reference:
+        raise UserError(
+            "The data holds reference log-probs, and another model was given "
+            "as the reference to compute them with. Received: "
+            "reference_chosen_log_prob and reference_rejected_log_prob in the "
+            "data, precompute_reference=True. Remove the columns, or use "
+            "reference='precomputed' to read them."
+        )
+
+
 def report_start(
     model: Any,
     dataset: Any = None,
@@ -163,7 +179,8 @@ def report_start(
     trained = model.trainable_variables
     count = sum(int(np.prod(v.shape)) for v in trained)
     total = sum(int(np.prod(v.shape)) for v in model.policy.weights)
-    for line in describe_text(model.preprocessor):
+    preprocessor = getattr(dataset, "preprocessor", model.preprocessor)
+    for line in describe_text(preprocessor):
         print_fn(line)
     print_fn(f"Reference: {reference.describe()}")
     print_fn(
@@ -176,6 +193,12 @@ def report_start(
         print_fn(
             "The loss takes the reference's log-probs as zero: training is "
             "reference-free."
+        )
+    columns = getattr(dataset, "reference_is_summed", False)
+    if columns and not isinstance(reference, PrecomputedReference):
+        print_fn(
+            "Note: the data's own reference log-probs are not read; "
+            "reference='precomputed' reads them."
         )
     for note in model.execution.notes:
         print_fn(note)
@@ -192,6 +215,27 @@ def report_start(
             f"The reference runs in each of {epochs} epochs; with "
             "precompute_reference=True it runs once (if it is not synced)."
         )
+
+
+def chosen_log_probs_per_token(
+    model: Any, batch: dict[str, Any]
+) -> tuple[float, float]:
+    """Mean log-prob of the chosen tokens, by policy and by reference, nats."""
+
+    def means(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
+        policy, reference, _, _ = model._forward(
+            trainable, frozen, batch, False
+        )
+        tokens = policy.lengths[:, 0].sum()
+        return policy.chosen.sum() / tokens, reference.chosen.sum() / tokens
+
+    found = jax.jit(means, compiler_options=model.compiler_options)(
+        [v.value for v in model.trainable_variables],
+        [v.value for v in model.non_trainable_variables],
+        distribute_batch(batch),
+    )
+    policy, reference = (float(to_host(value)) for value in found)
+    return policy, reference
 
 
 def warn_of_swapped_pairs(

@@ -76,9 +76,11 @@ def _refuse_aliases(arguments: list[str]) -> None:
     for flag, path in zip(arguments, arguments[1:], strict=False):
         if flag != "--config" or not os.path.isfile(path):
             continue
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8") as file:
             try:
                 tokens = list(yaml.scan(file))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8: {error}.") from error
             except yaml.YAMLError:
                 continue  # The parser says what is wrong with it.
         if any(isinstance(token, yaml.AliasToken) for token in tokens):
@@ -98,6 +100,7 @@ def _normal(arguments: list[str]) -> list[str]:
     first: list[str] = []
     rest: list[str] = []
     position = 0
+    arguments = [part for x in arguments for part in _config_apart(x)]
     while position < len(arguments):
         argument = arguments[position]
         following = arguments[position + 1 : position + 2]
@@ -113,6 +116,14 @@ def _normal(arguments: list[str]) -> list[str]:
             position += 0 if bare else 1
         position += 1
     return [*rest[:1], *first, *rest[1:]]
+
+
+def _config_apart(argument: str) -> list[str]:
+    """`--config=FILE`, and abbreviated, as the two words that it stands for."""
+    flag, equals, path = argument.partition("=")
+    if len(flag) <= len("--co") or not "--config".startswith(flag):
+        return [argument]
+    return ["--config", path] if equals else ["--config"]
 
 
 def _make_parser() -> tuple[Any, dict[str, Callable[..., None]]]:

@@ -3,8 +3,7 @@
 import contextlib
 import copy
 import pathlib
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from keras_dpo.callbacks.training_backup import Restored, TrainingBackup
 from keras_dpo.checks import (
     FirstBatchCheck,
     check_differentiable,
+    check_one_reference,
     check_policy,
     check_same_ids,
     check_same_vocabulary,
@@ -327,6 +327,11 @@ class DPOModel(PreferenceSteps):
         """Whether a training step has moved the policy."""
         return self._initial is None
 
+    def _check_is_initial(self) -> None:
+        """Raise where the policy is not the one that `DPOModel` was made of."""
+        if self._initial is None or not self._initial.are_current:
+            raise UserError(INITIAL_WEIGHTS_GONE)
+
     def _ensure_reference(self) -> Reference:
         if self.reference is None:
             self._build_reference()
@@ -406,6 +411,9 @@ class DPOModel(PreferenceSteps):
             drop_reference_model(self)
         if self.remat_choice == "auto" and self._can_remat:
             self.remat = layers_must_be_computed_again(self, train)
+        if train.preprocessor.tokenizer is not None:
+            # What it is trained on, `save_policy` keeps.
+            self.policy._trained_with = train.preprocessor
         if verbose:
             report_start(self, train, epochs)
         theirs = _as_list(callbacks)
@@ -430,8 +438,7 @@ class DPOModel(PreferenceSteps):
             if restored:
                 initial_epoch = restored.place.epoch
             elif not self.has_trained:
-                batch = train.make_batch(train.batch_indices(0))
-                FirstBatchCheck(self).run(batch)
+                self._check_first_batch(train)
             self._fitting = True
             with resumable_epochs(), stop:
                 history = super().fit(
@@ -444,7 +451,10 @@ class DPOModel(PreferenceSteps):
                     initial_epoch=initial_epoch,
                     validation_freq=validation_freq,
                 )
-            if valid is not None and verbose:
+            compares = self.preference_loss.needs_reference and not isinstance(
+                self.reference, NoReference
+            )
+            if valid is not None and verbose and compares:
                 warn_of_swapped_pairs(history.history, valid.num_pairs)
             return history
         finally:
@@ -452,6 +462,16 @@ class DPOModel(PreferenceSteps):
             self._forget_initial_weights()
             if backup is not None:
                 backup.end()
+
+    def _check_first_batch(self, train: PreferenceDataset) -> None:
+        """Raise where policy and reference do not begin as one."""
+        is_own = self.reference_choice == "precomputed"
+        if is_own and not (
+            self._reference_was_dropped or train.reference_is_summed
+        ):
+            # The other references are compared by their log-probs.
+            self._check_is_initial()
+        FirstBatchCheck(self).run(train.make_batch(train.batch_indices(0)))
 
     def evaluate(
         self,
@@ -474,7 +494,7 @@ class DPOModel(PreferenceSteps):
         # Inside `fit` the running training metrics would be lost. Copies: the
         # step donates the originals.
         saved = [jnp.copy(v.value) for v in self.metrics_variables]
-        with self._initial_weights_kept():
+        with self._weights_kept():
             results = super().evaluate(
                 x,
                 verbose=verbose,
@@ -508,17 +528,28 @@ class DPOModel(PreferenceSteps):
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
         need_an_end(dataset, "predict gives a value for every row")
         dataset = self._prepare(dataset)
-        with self._initial_weights_kept():
+        with self._weights_kept():
             outputs = super().predict(
                 dataset, verbose=verbose, callbacks=callbacks
             )
         return dataset.in_input_order(outputs)
 
-    def _initial_weights_kept(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _weights_kept(self) -> Iterator[None]:
         """For runs that donate the weights, and change none of them."""
-        if self._initial is None or self._fitting:
-            return contextlib.nullcontext()
-        return self._initial.kept()
+        if self._fitting:
+            # `fit` brings its own state back.
+            yield
+            return
+        initial: Any = contextlib.nullcontext()
+        if self._initial is not None:
+            initial = self._initial.kept()
+        with initial:
+            try:
+                yield
+            finally:
+                # After an exception Keras leaves the donated ones.
+                self.jax_state_sync()
 
     def _forget_initial_weights(self) -> None:
         """After `fit`: they are the policy's own only if no step was taken."""
@@ -535,6 +566,7 @@ class DPOModel(PreferenceSteps):
         self._ensure_reference()
         dataset = dataset.view()
         dataset.check_fits(self, micro_batches)
+        check_one_reference(self, dataset)
         if self.precompute_reference and not dataset.has_reference:
             if not isinstance(self.reference, NoReference):
                 fill_in_reference(self, dataset)
@@ -623,6 +655,7 @@ class DPOModel(PreferenceSteps):
         if self.reference_choice == "model":
             config["reference_model"] = lora.policy_config(self.reference.model)
         if isinstance(self.preprocessor, DPOPreprocessor):
+            self.preprocessor.check_can_be_saved(self.policy)
             config["preprocessor"] = self.preprocessor.get_config()
         return config
 
@@ -675,6 +708,9 @@ class DPOModel(PreferenceSteps):
         self._initial = None
         if not origin["has_trained"]:
             self._initial = InitialWeights(self.policy)
+        if not has_snapshot:
+            # One that waits for its loss is of other weights.
+            self._snapshot = None
         if has_snapshot and not origin["has_snapshot"]:
             # Raises where the initial weights are not those of the file.
             values = self._initial_values()

@@ -31,7 +31,7 @@ def trained_parts(policy: keras.Model) -> dict[str, Any]:
     number types that layers were given one by one.
     """
     return {
-        "lora": {str(i): _lora_settings(layer) for i, layer in adapted(policy)},
+        "lora": settings(policy),
         "number_types": _number_types(policy),
         "trainable": [bool(v.trainable) for v in policy.weights],
     }
@@ -64,6 +64,11 @@ def restore_trained_parts(policy: keras.Model, record: dict[str, Any]) -> None:
             f"{saved[changed[0]]}, loaded in {now.get(changed[0])}. Give the "
             "backbone one dtype, or quantize it after training."
         )
+
+
+def settings(policy: keras.Model) -> dict[str, dict[str, Any]]:
+    """Index -> rank, alpha and the like of the layers with LoRA."""
+    return {str(i): _lora_settings(layer) for i, layer in adapted(policy)}
 
 
 def _lora_settings(layer: keras.layers.Layer) -> dict[str, Any]:
@@ -116,6 +121,7 @@ class StoredState(keras.layers.Layer):
         super().__init__(trainable=False)
         # In closures, out of sight of Keras' tracking.
         self._variables = lambda: _apart(model)
+        self._get_lora = lambda: settings(model.policy)
         self._get_origin = lambda: model.reference_origin()
         self._set_origin = lambda origin: model.restore_reference_origin(origin)
         self._refusal = UserError(
@@ -127,7 +133,8 @@ class StoredState(keras.layers.Layer):
     def save_own_variables(self, store: Any) -> None:
         for index, variable in enumerate(self._variables()):
             store[str(index)] = variable
-        text = json.dumps(self._get_origin())
+        state = {"origin": self._get_origin(), "lora": self._get_lora()}
+        text = json.dumps(state)
         store["origin"] = np.frombuffer(text.encode(), "uint8")
 
     def load_own_variables(self, store: Any) -> None:
@@ -151,9 +158,21 @@ class StoredState(keras.layers.Layer):
                 "on the same layers, and compile with the same loss, before "
                 "loading."
             )
+        state = json.loads(np.asarray(store["origin"]).tobytes())
+        if state["lora"] != self._get_lora():
+            raise UserError(
+                "The file's LoRA adapters were trained with other settings. "
+                f"Received: {_first(state['lora'])} in the file, "
+                f"{_first(self._get_lora())} in the model. Enable LoRA with "
+                "the same rank and alpha on the same layers before loading."
+            )
         for index, variable in enumerate(variables):
             variable.assign(store[str(index)])
-        self._set_origin(json.loads(np.asarray(store["origin"]).tobytes()))
+        self._set_origin(state["origin"])
+
+
+def _first(found: dict[str, dict[str, Any]]) -> Any:
+    return next(iter(found.values()), "none")
 
 
 def _apart(model: keras.Model) -> list[keras.Variable]:

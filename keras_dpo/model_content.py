@@ -50,6 +50,15 @@ def content_of(
     }
 
 
+def computed_with(model: keras.Model) -> dict[str, Any]:
+    """What turns a model's weights into log-probs, by name."""
+    return {
+        "configuration": _hash_configuration(model),
+        "number types": _number_types(model),
+        "LoRA": lora.settings(model),
+    }
+
+
 def _hash_effective_weights(
     model: keras.Model, values: dict[int, jax.Array]
 ) -> str:
@@ -93,7 +102,7 @@ def _own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
 
 def _hash_configuration(model: keras.Model) -> str:
     try:
-        config = _computed_with(lora.policy_config(model))
+        config = _computed_with(_without_names(lora.policy_config(model)))
     except NotImplementedError:
         # A subclass without get_config: its code is all there is to know.
         config = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -111,6 +120,31 @@ def _computed_with(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [_computed_with(value) for value in config]
     return config
+
+
+def _without_names(config: Any) -> Any:
+    """Layers called by their order: Keras numbers their names by process."""
+    names: dict[str, str] = {}
+
+    def find(part: Any) -> None:
+        if isinstance(part, dict):
+            for layer in part.get("layers", []):
+                name = layer.get("name") or layer.get("config", {}).get("name")
+                names.setdefault(name, f"layer {len(names)}")
+            part = list(part.values())
+        if isinstance(part, list | tuple):
+            for inner in part:
+                find(inner)
+
+    def rename(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: rename(value) for key, value in part.items()}
+        if isinstance(part, list | tuple):
+            return [rename(value) for value in part]
+        return names.get(part, part) if isinstance(part, str) else part
+
+    find(config)
+    return rename(config)
 
 
 def _number_types(model: keras.Model) -> str:

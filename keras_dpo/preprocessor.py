@@ -146,9 +146,38 @@ class DPOPreprocessor:
         if tokenizer is None:
             theirs = getattr(policy, "preprocessor", None)
             tokenizer = getattr(theirs, "tokenizer", None)
-        family = {"chat_template": chat_templates.family_template(policy)}
-        own = {**family, **getattr(policy, "_chat_format", {})}
+        own = dict(getattr(policy, "_chat_format", {}))
+        own.setdefault("family", chat_templates.family_template(policy))
+        trained: Any = getattr(policy, "_trained_with", None)
+        if trained is not None:
+            tokenizer = trained.tokenizer
+            own |= trained.chat_format
         return cls.from_chat_format(tokenizer, own, **options)
+
+    @property
+    def chat_format(self) -> dict[str, Any]:
+        """What the tokenizer itself does not hold of how messages are written:
+        `chat_template` and `chat_template_kwargs`."""
+        found: dict[str, Any] = {}
+        if self.chat_template != "auto" and self.has_template():
+            found["chat_template"] = self.template
+        if self.chat_template_kwargs:
+            found["chat_template_kwargs"] = self.chat_template_kwargs
+        return found
+
+    def check_can_be_saved(self, policy: keras.Model) -> None:
+        """Raise where a config does not bring the tokenizer back."""
+        theirs = getattr(getattr(policy, "preprocessor", None), "tokenizer", 0)
+        own = getattr(self.tokenizer, "tokenizer", None)
+        is_hugging_face = isinstance(self.tokenizer, HuggingFaceTokenizer)
+        if self.tokenizer is not None and not is_hugging_face:
+            if own is not theirs:
+                raise UserError(
+                    "A Keras-Hub tokenizer is saved with the policy that it "
+                    "belongs to. Received: one that the policy's own "
+                    "preprocessor does not hold. Make the policy with it, or "
+                    "pass the model's tokenizer.json."
+                )
 
     @classmethod
     def from_chat_format(
@@ -159,13 +188,16 @@ class DPOPreprocessor:
         Args:
             tokenizer: As for the class; its own template comes first.
             own: The preset's `chat_template` and `chat_template_kwargs`, where
-                it has them.
+                it was trained with such, and the name of its `family`'s
+                template, which comes last.
             **options: Further arguments of the class.
         """
         tokenizer = None if tokenizer is None else as_text_tokenizer(tokenizer)
-        is_auto = options.get("chat_template", "auto") == "auto"
-        if is_auto and tokenizer and tokenizer.chat_template is None:
-            options["chat_template"] = own.get("chat_template")
+        if options.get("chat_template", "auto") == "auto" and tokenizer:
+            template = own.get("chat_template")
+            if template is None and tokenizer.chat_template is None:
+                template = own.get("family")
+            options["chat_template"] = template or "auto"
         if options.get("chat_template_kwargs") is None:
             options["chat_template_kwargs"] = own.get("chat_template_kwargs")
         return cls(tokenizer, **options)

@@ -118,17 +118,16 @@ def load_tokenizer(preset: str) -> Any:
 
 
 def load_chat_format(preset: str) -> dict[str, Any]:
-    """How a preset was trained to write messages, or its family's template.
+    """How a preset was trained to write messages, and its family's template.
 
-    `chat_template` and `chat_template_kwargs`, where there are any;
-    `save_policy` writes the file.
+    See `DPOPreprocessor.from_chat_format`; `save_policy` writes the file.
     """
     path = pathlib.Path(preset) / CHAT_FORMAT
     if path.exists():
         return json.loads(path.read_text())
     family = _configuration(preset).get("class_name", "")
     name = FAMILY_TEMPLATES.get(family.removesuffix("Backbone"))
-    return {} if name is None else {"chat_template": name}
+    return {} if name is None else {"family": name}
 
 
 def text_tokenizer_of(model: keras.Model) -> TextTokenizer | None:
@@ -285,20 +284,14 @@ def _save_whole(
 
 def _save_text(preprocessor: DPOPreprocessor, directory: pathlib.Path) -> None:
     """Keep how texts and messages became ids."""
-    own: dict[str, Any] = {}
-    tokenizer = preprocessor.tokenizer
+    tokenizer, own = preprocessor.tokenizer, preprocessor.chat_format
     if isinstance(tokenizer, HuggingFaceTokenizer):
         kept = tokenizer.tokenizer
-        if preprocessor.chat_template != "auto":
+        if "chat_template" in own:
+            # For whoever reads the tokenizer alone.
             kept = copy.copy(kept)
-            kept.chat_template = (
-                preprocessor.template if preprocessor.has_template() else None
-            )
+            kept.chat_template = own["chat_template"]
         kept.save_pretrained(directory / TOKENIZER_DIRECTORY)
-    elif preprocessor.has_template():
-        own["chat_template"] = preprocessor.template
-    if preprocessor.chat_template_kwargs:
-        own["chat_template_kwargs"] = preprocessor.chat_template_kwargs
     if own:
         (directory / CHAT_FORMAT).write_text(json.dumps(own, indent=1))
 

@@ -54,9 +54,12 @@ class StopBetweenSteps(AfterStep):
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None:
+            # It came when training had ended, and is not forgotten.
+            self._raise()
 
     def _receive(self, number: int, _: Any) -> None:
         if number == self._interrupted == signal.SIGINT:
@@ -96,6 +99,10 @@ class StopBetweenSteps(AfterStep):
             self.backup.save()
             self.backup.close()
             say(f"A backup is in {self.backup.directory}")
+        self._raise()
+
+    def _raise(self) -> None:
         if self._signal == signal.SIGTERM:
             raise SystemExit(PREEMPTED)
-        raise KeyboardInterrupt
+        if self._signal is not None:
+            raise KeyboardInterrupt

@@ -83,8 +83,6 @@ def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
     """Train in a directory that no other run writes to."""
     unset, config = config, with_date_of_run(config.resolved(), directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if is_main_process():
-        write_config(config, directory / "config.yaml")
     for line in config.unread_flags():
         say(f"Note: {line}")
     keras.utils.set_random_seed(config.seed)
@@ -108,7 +106,10 @@ def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
         )
     prompts = sample_prompts(config, validation or training)
     before = sample_answers(model, prompts, None, config.max_new_tokens)
-    loggers = make_callbacks(config, directory, steps)
+    loggers = [
+        ConfigFile(config, directory / "config.yaml"),
+        *make_callbacks(config, directory, steps),
+    ]
     wandb_logger = next(
         (x for x in loggers if isinstance(x, dpo_callbacks.WandbLogger)), None
     )
@@ -250,6 +251,22 @@ def require(config: DPOConfig, *names: str) -> None:
     for name in names:
         if not getattr(config, name):
             raise UserError(f"`{name}` is missing: give --{name}.")
+
+
+class ConfigFile(keras.callbacks.Callback):
+    """Writes a run's config when training begins.
+
+    Not before: a start that is refused must leave the config of the run that
+    the directory holds.
+    """
+
+    def __init__(self, config: DPOConfig, path: pathlib.Path) -> None:
+        super().__init__()
+        self._config, self._path = config, path
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if is_main_process():
+            write_config(self._config, self._path)
 
 
 def write_config(config: DPOConfig, path: pathlib.Path) -> None:

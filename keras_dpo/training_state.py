@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_dpo.callbacks.reference_sync import ReferenceSync
 from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.model_content import computed_with
 from keras_dpo.reference_store import hash_weights
 
 # Raised when states of an earlier version must not be read.
@@ -23,7 +24,11 @@ FORMAT = 3
 KERAS_CALLBACKS = {
     "EarlyStopping": ("wait", "best", "best_epoch", "stopped_epoch"),
     "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
-    "ModelCheckpoint": ("best",),
+    "ModelCheckpoint": (
+        "best",
+        "_batches_seen_since_last_saving",
+        "_last_batch_seen",
+    ),
     "History": ("history", "epoch"),
 }
 # What to do where some settings are others, by the beginning of their path.
@@ -102,7 +107,7 @@ def settings(
         "reference": model.reference_choice,
         "sync": [[sync.every, sync.alpha] for sync in syncs],
         "disable_dropout": model.disable_dropout,
-        "number types": model.policy.dtype_policy.name,
+        **computed_with(model.policy),
         "gradient_accumulation_steps": model.gradient_accumulation_steps,
     }
 
@@ -153,14 +158,21 @@ def callback_states(callbacks: Iterable[Any]) -> list[list[Any]]:
         name = type(callback).__name__
         if hasattr(callback, "get_state"):
             states.append([name, callback.get_state()])
-        elif name in KERAS_CALLBACKS:
-            state = {
-                key: _plain(getattr(callback, key))
-                for key in KERAS_CALLBACKS[name]
-                if hasattr(callback, key)
-            }
+            continue
+        state = {
+            key: _plain(getattr(callback, key))
+            for key in _counted_by_keras(callback)
+            if hasattr(callback, key)
+        }
+        if state:
             states.append([name, state])
     return states
+
+
+def _counted_by_keras(callback: Any) -> list[str]:
+    """What a callback counts as one of Keras' own, or a subclass of one."""
+    classes = type(callback).__mro__
+    return [key for c in classes for key in KERAS_CALLBACKS.get(c.__name__, ())]
 
 
 def restore_callbacks(

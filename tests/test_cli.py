@@ -107,6 +107,39 @@ def test_flags_win_over_the_file_wherever_they_stand(command, tmp_path):
     assert config["learning_rate"] == 5e-7  # a number, not a string
 
 
+@pytest.mark.parametrize("spelling", ["--config={}", "--conf {}", "--con={}"])
+def test_flags_win_however_the_file_is_named(command, tmp_path, spelling):
+    path = tmp_path / "c.yaml"
+    path.write_text("beta: 0.2\nlearning_rate: 5e-7\n")
+    file = spelling.format(path).split()
+    _, out, _ = command("train", "--beta", "0.3", *file, "--print_config")
+    assert yaml.safe_load(out)["beta"] == 0.3
+    path.write_bytes(b"model_name: \xff")
+    status, _, err = command("train", *file)
+    assert status == 2
+    assert "is not UTF-8" in err
+    assert err.count("\n") == 1
+
+
+def test_a_refused_start_leaves_the_config_of_the_run(
+    command, preset, tmp_path
+):
+    arguments = [
+        "train", "--repo_id", preset / "policy", "--dataset_name",
+        preset / "pairs.jsonl", "--save_directory", tmp_path,
+        "--model_name", "run", "--num_train_epochs", 1,
+        "--num_sample_prompts", 0, "--total_batch_size", 4,
+    ]  # fmt: skip
+    assert command(*arguments)[0] == 0
+    path = tmp_path / "run" / "config.yaml"
+    before = path.read_text()
+    assert yaml.safe_load(before)["beta"] == 0.1
+    status, _, err = command(*arguments, "--beta", 0.7)
+    assert status == 2
+    assert "loss.beta was 0.1 and is 0.7" in err
+    assert path.read_text() == before
+
+
 def test_the_page_s_example_flags(command):
     """Every flag of the page's command, switches with and without value."""
     arguments = (

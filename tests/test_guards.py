@@ -209,11 +209,29 @@ def test_a_collapsed_policy_ends_the_run():
     text = str(error.value)
     assert "The policy has collapsed: at step 2" in text
     assert "guessing among 64 tokens has -4.16" in text
+    assert "under the reference -" in text
     assert "learning rate 1e+06. Lower it" in text
 
 
 def test_a_policy_that_knows_little_has_not_collapsed():
     fit(model_of(1e-2), random_pairs(8), CollapseGuard(1), epochs=3)
+
+
+def test_lengths_and_weights_are_no_collapse():
+    """All weight on the longest completions, at a rate that moves nothing."""
+    random = np.random.default_rng(0)
+
+    def pair(length, weight):
+        first, second = random.integers(3, 64, (2, length)).tolist()
+        return {
+            "prompt_ids": [5, 6],
+            "chosen_ids": first,
+            "rejected_ids": second,
+            "weight": weight,
+        }
+
+    pairs = [*(pair(4, 0.0) for _ in range(14)), pair(60, 1.0), pair(60, 1.0)]
+    fit(model_of(1e-7), pairs, CollapseGuard(1))
 
 
 def test_pairs_that_are_ranked_the_wrong_way_round_are_told(caplog, capsys):

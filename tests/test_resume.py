@@ -184,6 +184,62 @@ def test_a_higher_limit_of_the_same_epochs_is_finished(tmp_path, caplog):
     assert "nothing left to do" in caplog.text
 
 
+class DieInValidation(keras.callbacks.Callback):
+    def on_test_begin(self, logs=None):
+        raise RuntimeError("crash")
+
+
+def test_a_limit_that_was_reached_takes_no_further_step(tmp_path):
+    """Killed between the last step's backup and the word that it ended."""
+    valid = {"validation_data": data(4, shuffle=False)}
+    straight = run(tmp_path / "a", [StopAfter(2)], **valid)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path / "b", [StopAfter(2), DieInValidation()], **valid)
+    found = run(tmp_path / "b", [StopAfter(2)], **valid)
+    assert int(found.optimizer.iterations.value) == 2
+    for a, b in zip(
+        values_of(found.policy.variables),
+        values_of(straight.policy.variables),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+class MyStopping(keras.callbacks.EarlyStopping):
+    pass
+
+
+def test_a_subclass_of_keras_own_counts_on(tmp_path):
+    """As does ModelCheckpoint's own count of batches."""
+
+    def callbacks(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        path = str(tmp_path / name / "b{batch}.weights.h5")
+        return [
+            MyStopping("loss", patience=1, min_delta=1e9),
+            keras.callbacks.ModelCheckpoint(
+                path, save_freq=2, save_weights_only=True
+            ),
+        ]
+
+    expected = run(tmp_path / "a", callbacks("ca"), epochs=5)
+    assert len(expected.history.history["loss"]) == 2
+    crash(tmp_path / "b", 4, callbacks("cb"), epochs=5)
+    found = run(tmp_path / "b", callbacks("cb"), epochs=5)
+    check_same(found, expected)
+    names = [
+        sorted(p.name for p in (tmp_path / name).iterdir())
+        for name in ("ca", "cb")
+    ]
+    assert names[0] == names[1]
+
+
+def test_a_directory_of_backups_may_be_called_a_number(tmp_path):
+    expected = run(tmp_path / "7")
+    found = run(tmp_path / "b", resume=tmp_path / "7")
+    check_same(found, expected)
+
+
 def test_what_early_stopping_ended_stays_finished(tmp_path, caplog):
     def stopped(epochs):
         early = keras.callbacks.EarlyStopping("loss", patience=1, min_delta=1e9)

@@ -10,7 +10,7 @@ import yaml
 from conftest import random_pairs, tiny_policy
 
 import keras_dpo
-from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor
+from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor, PreferenceDataset
 from keras_dpo.chat_templates import TEMPLATES
 from keras_dpo.config import LOSS_OPTIONS
 from keras_dpo.errors import UserError
@@ -170,6 +170,53 @@ def test_a_run_that_goes_on_another_day_keeps_its_date(tmp_path):
     new = DPOConfig(**{**settings, "model_name": "new"})
     today = datetime.date.today().isoformat()
     assert with_date_of_run(new, tmp_path / "new").template_date == today
+
+
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": text}],
+        "chosen": [{"role": "assistant", "content": "c"}],
+        "rejected": [{"role": "assistant", "content": "d"}],
+    }
+    for text in ("a", "b")
+]
+
+
+def test_what_a_dataset_was_made_with_is_what_is_kept(tmp_path, capsys):
+    """Not what the model would have made of messages."""
+    keras.config.enable_interactive_logging()
+    policy = with_tokenizer(word_tokenizer())
+    given = DPOPreprocessor(word_tokenizer(), chat_template="zephyr")
+    pairs = PreferenceDataset(ROWS, given, batch_size=2, verbose=False)
+    model = DPOModel(policy)
+    model.compile("sgd")
+    model.fit(pairs, verbose=1)
+    assert "Chat template: zephyr" in capsys.readouterr().out
+    keras_dpo.save_policy(policy, tmp_path / "tuned")
+    loaded = keras_dpo.load_policy(tmp_path / "tuned")
+    found = DPOPreprocessor.from_policy(loaded)
+    assert found.prompt_ids(TURNS) == given.prompt_ids(TURNS)
+
+
+def test_the_policy_of_a_loaded_model_keeps_its_text(tmp_path):
+    """For a next round."""
+    given = DPOPreprocessor(word_tokenizer(), chat_template="chatml")
+    model = DPOModel(tiny_policy(layers=1), preprocessor=given)
+    model.compile("sgd")
+    model.save(tmp_path / "model.keras")
+    policy = keras.models.load_model(tmp_path / "model.keras").policy
+    found = DPOModel(policy).preprocessor
+    assert found.prompt_ids(TURNS) == given.prompt_ids(TURNS)
+    assert found.describe_template() == "chatml"
+
+
+def test_a_tokenizer_that_would_not_come_back_is_told(tmp_path):
+    tokenizer = keras_hub_policy().preprocessor.tokenizer
+    model = DPOModel(
+        tiny_policy(layers=1), preprocessor=DPOPreprocessor(tokenizer)
+    )
+    with pytest.raises(UserError, match="the policy's own preprocessor does"):
+        model.save(tmp_path / "model.keras")
 
 
 def with_tokenizer(tokenizer):

@@ -290,6 +290,96 @@ def test_copies_of_a_model(is_compiled, tmp_path):
     assert clone.evaluate(data(), verbose=0)[0] == pytest.approx(LN2)
 
 
+def test_a_snapshot_that_waits_is_not_of_other_weights(tmp_path):
+    """Weights that were trained without a reference, into a model that has
+    seen one."""
+    trained(loss="simpo").save_weights(tmp_path / "m.weights.h5")
+    model = compiled(tiny_policy(layers=1, seed=5))
+    model.compile("sgd", loss="simpo")
+    model.load_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(UserError, match="initial weights are gone"):
+        model.compile("sgd", loss="sigmoid")
+
+
+def test_weights_of_another_alpha_are_refused(tmp_path):
+    compiled(lora_policy(alpha=16)).save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(ValueError, match="'lora_alpha': 16"):
+        compiled(lora_policy()).load_weights(tmp_path / "m.weights.h5")
+
+
+def test_a_backup_of_another_alpha_is_refused(tmp_path):
+    def fit(alpha):
+        backup = keras_dpo.callbacks.TrainingBackup(tmp_path, every=1)
+        model = compiled(lora_policy(alpha=alpha))
+        model.fit(data(), verbose=0, callbacks=[backup])
+
+    fit(16)
+    with pytest.raises(UserError, match="lora_alpha was 16 and is 4"):
+        fit(4)
+
+
+def test_two_sources_of_reference_log_probs_are_refused():
+    """A model to compute them with, and columns that hold them."""
+    rows = [
+        {**p, "reference_chosen_log_prob": -9.0,
+         "reference_rejected_log_prob": -1.0}
+        for p in random_pairs(4)
+    ]  # fmt: skip
+    reference = tiny_policy(layers=1, seed=5)
+    model = compiled(reference=reference, precompute_reference=True)
+    for use in (model.evaluate, model.fit):
+        with pytest.raises(UserError, match="another model was given"):
+            use(rows, verbose=0)
+
+
+def test_weights_loaded_after_wrapping_are_told_when_precomputed():
+    policy = tiny_policy(layers=1)
+    model = compiled(policy, "precomputed")
+    other = tiny_policy(layers=1, seed=5)
+    policy.set_weights(other.get_weights())
+    with pytest.raises(UserError, match="initial weights are gone"):
+        model.fit(data(), verbose=0)
+
+
+@pytest.mark.parametrize("use", ["evaluate", "predict"])
+def test_an_exception_while_scoring_loses_no_weights(use):
+    class Fail(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch, logs=None):
+            raise RuntimeError("on purpose")
+
+        on_predict_batch_end = on_test_batch_end
+
+    model = trained()
+    expected = scores_of(model, data())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        getattr(model, use)(data(), verbose=0, callbacks=[Fail()])
+    assert_same_scores(scores_of(model, data()), expected)
+    model.fit(data(), verbose=0)
+
+
+def test_a_model_of_keras_own_layers_has_one_store(tmp_path):
+    """Layer names are numbered in a process, and mean nothing."""
+
+    def functional():
+        keras.utils.set_random_seed(0)
+        inputs = {
+            name: keras.Input((None,), dtype="int32", name=name)
+            for name in ("token_ids", "padding_mask")
+        }
+        hidden = keras.layers.Embedding(64, 8)(inputs["token_ids"])
+        logits = keras.layers.Dense(64)(hidden)
+        return keras.Model(inputs, logits)
+
+    options = {"reference_cache": str(tmp_path), "preprocessor": None}
+    stores = {
+        compiled(functional(), "precomputed", **options).precompute(
+            random_pairs(4)
+        )
+        for _ in range(2)
+    }
+    assert len(stores) == 1
+
+
 # --- Rounds -------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from keras_dpo.callbacks.step_logger import StepLogger
+from keras_dpo.checks import chosen_log_probs_per_token
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.messages import say
 from keras_dpo.reference import (
@@ -157,7 +158,8 @@ class CollapseGuard(StepLogger):
 
     A learning rate that is far too large can leave finite weights that give
     every token about the same log-prob, or chosen completions impossible ones.
-    No number is NaN then, and nothing else stops the run.
+    No number is NaN then, and nothing else stops the run. Needs a reference, to
+    tell what was lost.
 
     Args:
         every: Optimizer steps that each look averages over.
@@ -175,31 +177,26 @@ class CollapseGuard(StepLogger):
         self._dataset = dataset
 
     def write(self, record: dict[str, Any]) -> None:
+        if isinstance(self._model.reference, NoReference):
+            return
         vocabulary = vocabulary_size(self._model.policy)
         log_prob = record.get("chosen_log_prob")
         if vocabulary is None or log_prob is None or self._dataset is None:
             return
-        # Of the whole data: the record's own batches differ a little.
-        tokens = self._dataset.pairs.lengths[:, 1].mean()
         guess = -math.log(vocabulary)
-        now = log_prob / tokens
-        began = self._log_prob_of_reference(record) / tokens
+        # Lengths of the whole data: the record's own differ, and weights.
+        if not log_prob / self._dataset.pairs.lengths[:, 1].mean() < guess / 2:
+            return
+        batch = self._dataset.make_batch(self._dataset.batch_indices(0))
+        now, began = chosen_log_probs_per_token(self.model, batch)
         # Random weights know as little from the start, and lose nothing.
-        lost = now < 0.8 * guess and began > 0.6 * guess
-        if not lost and not now < 1.5 * guess:
+        if now >= 0.8 * guess or not began > 0.6 * guess:
             return
         raise FloatingPointError(
             f"The policy has collapsed: at step {record['step']} the chosen "
-            f"completions have {now:.2f} nats a token, and guessing among "
-            f"{vocabulary:,} tokens has {guess:.2f}. Likely cause: training "
-            "diverged at learning rate "
+            f"completions have {now:.2f} nats a token, under the reference "
+            f"{began:.2f}, and guessing among {vocabulary:,} tokens has "
+            f"{guess:.2f}. Likely cause: training diverged at learning rate "
             f"{float(self._model.optimizer.learning_rate):.3g}. Lower it, or "
             "clip gradients (clip_norm 1.0)."
         )
-
-    def _log_prob_of_reference(self, record: dict[str, Any]) -> float:
-        """Mean log-prob of the chosen completions before training."""
-        loss = self._model.preference_loss
-        if isinstance(self._model.reference, NoReference) or not loss.beta:
-            return -math.inf
-        return record["chosen_log_prob"] - record["chosen_reward"] / loss.beta

@@ -26,6 +26,7 @@ from keras_dpo.backups import (
     writing,
 )
 from keras_dpo.callbacks.after_step import AfterStep, UpdateCounter
+from keras_dpo.callbacks.stop_after import StopAfter
 from keras_dpo.compat.ema_swaps import EMASwaps
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution import is_main_process, wait_for_processes
@@ -179,9 +180,9 @@ class TrainingBackup(AfterStep):
             steps = steps_in(self.directory)
             return (self.directory, steps[-1]) if steps else None
         path = pathlib.Path(self.resume).expanduser().absolute()
-        if path.name.isdigit() and path.is_dir():
-            return path.parent, int(path.name)
         steps = steps_in(path)
+        if not steps and path.name.isdigit() and path.is_dir():
+            return path.parent, int(path.name)
         if not steps:
             raise UserError(
                 f"There is no whole backup in {path}. Give the directory of a "
@@ -287,8 +288,12 @@ class TrainingBackup(AfterStep):
                 finished=True,
                 end_with_average=end.end_with_average,
             )
-        if self._place.epoch >= self._epochs:
-            # Killed before it could say so, or a limit at the very end.
+        updates = UpdateCounter(model).updates
+        limits = [c for c in self._callbacks if isinstance(c, StopAfter)]
+        if self._place.epoch >= self._epochs or any(
+            limit.is_reached(updates) for limit in limits
+        ):
+            # Killed before it could say so, or a limit that is lower now.
             return restored._replace(finished=True)
         say(
             f"Going on from {path}: epoch {self._place.epoch + 1}, "
