@@ -242,10 +242,10 @@ def _renamed(
 def _extras(row: Row) -> Record:
     extras: Record = {}
     for better, worse in SCORE_COLUMNS:
-        if row.get(better) is not None and row.get(worse) is not None:
+        if not is_empty(row.get(better)) and not is_empty(row.get(worse)):
             extras["margin"] = _number(row, better) - _number(row, worse)
     for field in EXTRA_FIELDS:
-        if row.get(field) is not None:
+        if not is_empty(row.get(field)):
             extras[field] = _number(row, field)
     if extras.get("weight", 1.0) < 0:
         raise RowError("weight", "0 or more", row["weight"])
