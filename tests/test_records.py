@@ -267,6 +267,14 @@ def test_column_map():
         normalize_records(rows, {"prompt": "nope"})
 
 
+def test_a_column_may_be_two_fields():
+    rows = [{"q": "Q", "chosen": "good", "rejected": "bad"}]
+    records, report = normalize_records(rows, {"prompt": "q", "system": "q"})
+    system = {"role": "system", "content": "Q"}
+    assert records == [{**CHAT, "prompt": [system, USER]}]
+    assert report.unused_columns == []
+
+
 def test_extra_fields_pass_through():
     row = {
         **TEXT,

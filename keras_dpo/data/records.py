@@ -235,7 +235,8 @@ def _renamed(
             )
         renamed[field] = row[column]
         if column not in column_map:
-            renamed.pop(column)
+            # Two fields may come from one column.
+            renamed.pop(column, None)
     return renamed
 
 
