@@ -294,6 +294,31 @@ def test_extra_fields_pass_through():
     ]
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_one_reference_log_prob_alone_is_refused(side):
+    names = {f"reference_{x}_log_prob" for x in ("chosen", "rejected")}
+    given = f"reference_{side}_log_prob"
+    (missing,) = names - {given}
+    wrong = f"field '{missing}' must be there beside '{given}', or neither"
+    for cell in (-1.0, None):
+        with pytest.raises(ValueError, match=f"Row 0, {wrong}"):
+            normalize_records([{**TEXT, given: cell}])
+    both = {**TEXT, given: -1.0, missing: -2.0}
+    for late in ({**TEXT, given: -1.0}, {**both, missing: None}):
+        with pytest.raises(ValueError, match=f"Row 1, {wrong}"):
+            normalize_records([both, late])
+    assert normalize_records([{**TEXT, given: None, missing: None}])[0] == [
+        TEXT
+    ]
+
+
+@pytest.mark.parametrize("column", ["score_chosen", "rejected-rating"])
+def test_a_lone_score_is_listed_as_unused(column):
+    records, report = normalize_records([{**TEXT, column: 1.0}])
+    assert records == [TEXT]
+    assert report.lines()[-1] == f"Unused columns: {column}"
+
+
 def test_hh_boundary_is_at_the_turn_not_at_common_characters():
     """Answers that start alike: a common-prefix cut would split a word."""
     row = {
