@@ -27,6 +27,9 @@ TURN_KEYS = (
     "tool_call_id",
     "name",
     "reasoning_content",
+    "reasoning",
+    "thinking",
+    "function_call",
 )
 
 
