@@ -13,6 +13,7 @@ Segment = tuple[str, bool]
 END_OF_REASONING = "</think>"
 ROLES_OF_ALL = ("system", "developer", "user", "assistant")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+WRITTEN_KEYS = {"role", "content", "tool_calls", "function_call"}
 # What to do about it, beside taking another template.
 REMEDIES = {
     "function_call": ", or write the call as tool_calls",
@@ -139,6 +140,27 @@ def check_taken(
                 messages=conversation.messages[: index + 1]
             )
             check_taken(ended, ended.text(index + 1), False, index)
+
+
+def unread_fields(conversation: Conversation) -> set[str]:
+    """Keys of messages, beside those of words and calls, that change nothing
+    in the text: ids, scores, and whose result a tool's is."""
+    messages = conversation.messages
+    names = {name for message in messages for name in message} - WRITTEN_KEYS
+    if not names:
+        return set()
+    text = conversation.text(len(messages))
+
+    def is_same_without(left_out: set[str]) -> bool:
+        fewer = [
+            {k: v for k, v in message.items() if k not in left_out}
+            for message in messages
+        ]
+        return _writes(conversation._replace(messages=fewer), text, False)
+
+    if is_same_without(names):
+        return names
+    return {name for name in names if is_same_without({name})}
 
 
 def _writes(conversation: Conversation, text: str, opened: bool) -> bool:

@@ -578,13 +578,18 @@ def test_a_dataset_of_calls(tokenizer):
     }
     preprocessor = make(tokenizer, QWEN3, max_prompt_length=250)
     data = PreferenceDataset([row], preprocessor, 1, verbose=False)
-    assert data.report.counts == {"rows with prompts truncated at a turn": 1}
+    unread = "rows with message fields that the template does not read:"
+    of_result = {f"{unread} {name}": 1 for name in ("name", "tool_call_id")}
+    assert data.report.counts == {
+        "rows with prompts truncated at a turn": 1,
+        **of_result,
+    }
     text = text_of(tokenizer, data.pairs[0].prompt_ids)
     assert '"add"' in text
     assert text.count("What is 2 + 2?") == 1
     whole = make(tokenizer, QWEN3)
     data = PreferenceDataset([row], whole, 1, verbose=False)
-    assert data.report.counts == {}
+    assert data.report.counts == of_result
     assert data.report.unused_columns == ["messages"]
     assert sample_prompts(DPOConfig(), data) == [
         {"prompt": row["prompt"], "tools": [SCHEMA]}
@@ -593,6 +598,34 @@ def test_a_dataset_of_calls(tokenizer):
         [{**row, "chosen": [CALL]}], whole, 1, verbose=False
     )
     assert "empty answers" not in call.report.counts
+
+
+def test_message_fields_that_a_template_does_not_read_are_counted(tokenizer):
+    rated = record([{**GOOD, "id": 3, "score": 5}], [{**USER, "id": 1}], ())
+    rows = [record([GOOD], tools=()), rated, rated]
+    unread = "rows with message fields that the template does not read:"
+    data = PreferenceDataset(rows, make(tokenizer, QWEN3), 1, verbose=False)
+    assert data.report.counts == {f"{unread} id": 2, f"{unread} score": 2}
+    assert f"Note: 2 {unread} score" in data.report.lines()
+    reads = TEMPLATES["chatml"].replace(
+        "message['content']", "message['content'] ~ message['score']"
+    )
+    assert reads != TEMPLATES["chatml"]
+    data = PreferenceDataset(rows, make(tokenizer, reads), 1, verbose=False)
+    assert data.report.counts == {f"{unread} id": 2}
+
+
+def test_a_developer_s_text_stays_when_a_prompt_is_cut(tokenizer):
+    developer = {"role": "developer", "content": "ANSWER IN FRENCH"}
+    turns = [developer, USER, GOOD, {**USER, "content": "Sure?"}]
+    for template in ("chatml", LLAMA31):
+        whole = make(tokenizer, template)
+        size = len(one(whole, record([GOOD], turns, ())).prompt_ids)
+        short = make(tokenizer, template, max_prompt_length=size - 1)
+        row = one(short, record([GOOD], turns, ()))
+        text = text_of(tokenizer, row.prompt_ids)
+        assert "ANSWER IN FRENCH" in text
+        assert "What is" not in text
 
 
 def test_extras_are_not_shared():
