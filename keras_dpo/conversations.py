@@ -1,8 +1,8 @@
 """A rendered conversation: where its prompt ends, and what of it is scored."""
 
 import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from keras_dpo.chat_templates import Messages
 from keras_dpo.control_tokens import StandIns
@@ -12,6 +12,15 @@ from keras_dpo.errors import UserError
 Segment = tuple[str, bool]
 END_OF_REASONING = "</think>"
 ROLES_OF_ALL = ("system", "developer", "user", "assistant")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+WRITTEN_KEYS = {"role", "content", "tool_calls", "function_call"}
+# What to do about it, beside taking another template.
+REMEDIES = {
+    "function_call": ", or write the call as tool_calls",
+    "reasoning": ", or name it reasoning_content",
+    "thinking": ", or name it reasoning_content",
+    "messages": ", or move their text into a turn that it writes",
+}
 
 
 class Conversation(NamedTuple):
@@ -103,7 +112,7 @@ class Conversation(NamedTuple):
 def check_taken(
     conversation: Conversation, text: str, opened: bool, first: int = 0
 ) -> None:
-    """Raise where a template leaves out tools, calls, results or reasoning.
+    """Raise where a template leaves out words, tools, calls or reasoning.
 
     Args:
         conversation: All of it.
@@ -114,23 +123,66 @@ def check_taken(
     Raises:
         ValueError: It renders the same text without them.
     """
-    for what, fewer in _without(conversation, opened, first):
-        try:
-            same = fewer.write(fewer.messages, opened, fewer.tools) == text
-        except UserError:
-            # Refusing what is left shows that it reads what is not.
-            same = False
-        if same:
+    for what, other in _without(conversation, text, opened, first):
+        if _writes(other, text, opened):
+            remedy = REMEDIES.get(what.split()[0], "")
             raise UserError(
                 f"The chat template leaves out {what}: it writes the same "
                 "text without. Use the chat_template that the model was "
-                "trained with."
+                f"trained with{remedy}."
             )
+    if opened:
+        return
+    for index in range(first, len(conversation.messages) - 1):
+        if _holds_reasoning(conversation.messages[index]):
+            # Dropping it once others follow is for `segments` to judge.
+            ended = conversation._replace(
+                messages=conversation.messages[: index + 1]
+            )
+            check_taken(ended, ended.text(index + 1), False, index)
+
+
+def unread_fields(conversation: Conversation) -> set[str]:
+    """Keys of messages, beside those of words and calls, that change nothing
+    in the text: ids, scores, and whose result a tool's is."""
+    messages = conversation.messages
+    names = {name for message in messages for name in message} - WRITTEN_KEYS
+    if not names:
+        return set()
+    text = conversation.text(len(messages))
+
+    def is_same_without(left_out: set[str]) -> bool:
+        fewer = [
+            {k: v for k, v in message.items() if k not in left_out}
+            for message in messages
+        ]
+        return _writes(conversation._replace(messages=fewer), text, False)
+
+    if is_same_without(names):
+        return names
+    return {name for name in names if is_same_without({name})}
+
+
+def _writes(conversation: Conversation, text: str, opened: bool) -> bool:
+    try:
+        messages = conversation.messages
+        return conversation.write(messages, opened, conversation.tools) == text
+    except UserError:
+        # Refusing what is left shows that it reads what is not.
+        return False
+
+
+def _holds_reasoning(message: Mapping[str, Any]) -> bool:
+    if message.get("role") != "assistant":
+        return False
+    words = message["content"].rpartition(END_OF_REASONING)[0]
+    return bool(words.strip()) or any(map(message.get, REASONING_KEYS))
 
 
 def _without(
-    conversation: Conversation, opened: bool, first: int
+    conversation: Conversation, text: str, opened: bool, first: int
 ) -> Iterator[tuple[str, Conversation]]:
+    """Names of what must not be lost, and the conversation without it."""
     messages = conversation.messages
     if conversation.tools and opened:
         yield "the tools", conversation._replace(tools=None)
@@ -145,10 +197,12 @@ def _without(
         role = message.get("role")
         if role not in ROLES_OF_ALL:
             yield f"messages of role {role!r}", replaced()
-        names = ["tool_calls"]
+        names = ["tool_calls", "function_call"]
+        # Results are in order: many templates leave out whose they are.
+        names += ["name"] if role != "tool" else []
         # Templates drop the reasoning of earlier turns on purpose.
         if index == len(messages) - 1 and not opened:
-            names.append("reasoning_content")
+            names += REASONING_KEYS
             words, _, answer = message["content"].rpartition(END_OF_REASONING)
             if words.strip():
                 yield (
@@ -159,6 +213,36 @@ def _without(
             if message.get(name):
                 rest = {k: v for k, v in message.items() if k != name}
                 yield f"{name} of the {role}", replaced(rest)
+    yield from _with_other_words(conversation, text, opened, first)
+
+
+def _with_other_words(
+    conversation: Conversation, text: str, opened: bool, first: int
+) -> Iterator[tuple[str, Conversation]]:
+    """Conversations with other words in turns that may not be written.
+
+    All turns are marked at once; few are left to be tried one by one.
+    """
+    messages = conversation.messages
+    marked = {
+        index: {**messages[index], "content": f"{content}turn-{index}-ends"}
+        for index in range(first, len(messages))
+        if isinstance(content := messages[index].get("content"), str)
+        and content.strip()
+    }
+    probe = [marked.get(i, message) for i, message in enumerate(messages)]
+    try:
+        written = conversation.write(probe, opened, conversation.tools)
+    except UserError:
+        written = ""
+    for index, message in marked.items():
+        mark = f"turn-{index}-ends"
+        if mark in text or mark not in written:
+            other = [*messages[:index], message, *messages[index + 1 :]]
+            yield (
+                f"messages of role {message['role']!r}",
+                conversation._replace(messages=other),
+            )
 
 
 def _behind(whole: str, before: str) -> int:

@@ -11,9 +11,14 @@ import keras
 from keras_dpo import chat_templates
 from keras_dpo.chat_templates import Messages
 from keras_dpo.control_tokens import StandIns
-from keras_dpo.conversations import Conversation, Segment, check_taken
+from keras_dpo.conversations import (
+    Conversation,
+    Segment,
+    check_taken,
+    unread_fields,
+)
 from keras_dpo.data.records import EXTRA_FIELDS, ID_FIELDS
-from keras_dpo.data.values import Record
+from keras_dpo.data.values import SYSTEM_ROLES, Record
 from keras_dpo.errors import UserError
 from keras_dpo.tokenizers import (
     HuggingFaceTokenizer,
@@ -369,13 +374,18 @@ class DPOPreprocessor:
         )
         texts = [prompt, prompt[tail:]]
         segments = []
+        unread: set[str] = set()
         for field in ("chosen", "rejected"):
             parts = self._segments(record, field, prompt, stand_ins)
+            if not isinstance(record[field], str):
+                turns = [*record["prompt"], *record[field]]
+                conversation = self._conversation(turns, record, stand_ins)
+                unread |= unread_fields(conversation)
             segments.append(parts)
             texts.append(prompt[tail:] + parts[0][0])
             texts += [text for text, _ in parts[1:]]
         escaped = any(stand_ins.pattern.search(text) for text in texts)
-        return _Plan(texts, segments, escaped)
+        return _Plan(texts, segments, escaped, sorted(unread))
 
     def _assemble(
         self, plan: "_Plan", parts: list[list[int]], stand_ins: StandIns
@@ -385,6 +395,10 @@ class DPOPreprocessor:
         notes = []
         if plan.escaped:
             notes.append("control tokens spelled in text, kept as text")
+        notes += [
+            f"message fields that the template does not read: {name}"
+            for name in plan.unread
+        ]
         completions: list[list[int]] = []
         scores: list[Any] = []
         for segments in plan.segments:
@@ -540,7 +554,7 @@ class DPOPreprocessor:
         turns = record["prompt"]
         if isinstance(turns, str):
             return row
-        system = turns[:1] if turns[0]["role"] == "system" else []
+        system = turns[:1] if turns[0]["role"] in SYSTEM_ROLES else []
         rest = turns[len(system) :]
         for start in range(1, len(rest)):
             if rest[start]["role"] != "user":
@@ -685,3 +699,4 @@ class _Plan(NamedTuple):
     texts: list[str]
     segments: list[list[Segment]]
     escaped: bool
+    unread: list[str]

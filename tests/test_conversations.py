@@ -336,6 +336,89 @@ def test_results_and_reasoning_that_a_template_leaves_out(tokenizer):
         preprocessor.prompt_ids({"prompt": [USER], "tools": [SCHEMA]})
 
 
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [(QWEN3, "developer"), (NO_SYSTEM, "system"), (NO_SYSTEM, "developer")],
+    ids=["qwen3", "no system", "no developer"],
+)
+@pytest.mark.parametrize("content", ["ANSWER IN FRENCH", "What", "turn-0-ends"])
+def test_words_that_a_template_leaves_out(tokenizer, template, role, content):
+    """Also where the same words stand in another turn."""
+    preprocessor = make(tokenizer, template)
+    turn = {"role": role, "content": content}
+    wrong = f"leaves out messages of role '{role}': .* or move their text"
+    with pytest.raises(ValueError, match=f"Row 0: .*{wrong}"):
+        one(preprocessor, record([GOOD], [turn, USER], ()))
+    with pytest.raises(ValueError, match=wrong):
+        preprocessor.prompt_ids([USER, GOOD, turn, USER])
+    with pytest.raises(ValueError, match=wrong):
+        one(preprocessor, record([BAD, turn, AGAIN, GOOD], tools=()))
+    empty = {**turn, "content": " \n"}
+    assert one(preprocessor, record([GOOD], [empty, USER], ()))
+
+
+def test_a_call_without_content_can_be_asked_about(tokenizer):
+    bare = {key: value for key, value in CALL.items() if key != "content"}
+    asked = {"prompt": [USER, bare, RESULT], "tools": [SCHEMA]}
+    assert make(tokenizer, QWEN3).prompt_ids(asked)
+
+
+def test_words_beside_a_call_that_a_template_leaves_out(tokenizer):
+    """Llama 3.1 writes the call alone."""
+    spoken = {**CALL, "content": "I add them."}
+    assert one(make(tokenizer, QWEN3), record([spoken]))
+    with pytest.raises(ValueError, match="messages of role 'assistant'"):
+        one(make(tokenizer, LLAMA31), record([spoken]))
+
+
+@pytest.mark.parametrize("template", [QWEN3, LLAMA31, "chatml"])
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("function_call", {"name": "f", "arguments": "{}"}, "as tool_calls"),
+        ("reasoning", "2 and 2", "name it reasoning_content"),
+        ("thinking", "2 and 2", "name it reasoning_content"),
+        ("name", "Alice", "trained with"),
+    ],
+)
+def test_keys_of_what_was_said_are_never_lost(
+    tokenizer, template, key, value, remedy
+):
+    preprocessor = make(tokenizer, template)
+    said = {**GOOD, key: value}
+    wrong = f"Row 0: .*leaves out {key} of the assistant: .*{remedy}"
+    with pytest.raises(ValueError, match=wrong):
+        one(preprocessor, record([said], tools=()))
+    with pytest.raises(ValueError, match=wrong):
+        one(preprocessor, record([said, AGAIN, GOOD], tools=()))
+    reads = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        f"{{{{ m.{key} }}}}<|im_end|>\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = one(make(tokenizer, reads), record([said], tools=()))
+    assert str(value)[1:] in text_of(tokenizer, row.chosen_ids)
+
+
+def test_reasoning_of_an_inner_answer_is_never_lost(tokenizer):
+    """It was checked in the last answer alone."""
+    for thought in (
+        {**BAD, "reasoning_content": "2 and 2"},
+        {**BAD, "content": "<think>2 and 2</think>It is 5."},
+    ):
+        deaf = NO_SYSTEM.replace("content", "content.split('</think>')[-1]")
+        with pytest.raises(ValueError, match="leaves out .*reasoning"):
+            one(make(tokenizer, deaf), record([thought, AGAIN, GOOD], tools=()))
+
+
 @pytest.mark.parametrize("broken", ["{", "[1]", "7"])
 def test_arguments_that_are_no_mapping(tokenizer, broken):
     call = {"function": {"name": "add", "arguments": broken}}
@@ -495,13 +578,18 @@ def test_a_dataset_of_calls(tokenizer):
     }
     preprocessor = make(tokenizer, QWEN3, max_prompt_length=250)
     data = PreferenceDataset([row], preprocessor, 1, verbose=False)
-    assert data.report.counts == {"rows with prompts truncated at a turn": 1}
+    unread = "rows with message fields that the template does not read:"
+    of_result = {f"{unread} {name}": 1 for name in ("name", "tool_call_id")}
+    assert data.report.counts == {
+        "rows with prompts truncated at a turn": 1,
+        **of_result,
+    }
     text = text_of(tokenizer, data.pairs[0].prompt_ids)
     assert '"add"' in text
     assert text.count("What is 2 + 2?") == 1
     whole = make(tokenizer, QWEN3)
     data = PreferenceDataset([row], whole, 1, verbose=False)
-    assert data.report.counts == {}
+    assert data.report.counts == of_result
     assert data.report.unused_columns == ["messages"]
     assert sample_prompts(DPOConfig(), data) == [
         {"prompt": row["prompt"], "tools": [SCHEMA]}
@@ -510,6 +598,34 @@ def test_a_dataset_of_calls(tokenizer):
         [{**row, "chosen": [CALL]}], whole, 1, verbose=False
     )
     assert "empty answers" not in call.report.counts
+
+
+def test_message_fields_that_a_template_does_not_read_are_counted(tokenizer):
+    rated = record([{**GOOD, "id": 3, "score": 5}], [{**USER, "id": 1}], ())
+    rows = [record([GOOD], tools=()), rated, rated]
+    unread = "rows with message fields that the template does not read:"
+    data = PreferenceDataset(rows, make(tokenizer, QWEN3), 1, verbose=False)
+    assert data.report.counts == {f"{unread} id": 2, f"{unread} score": 2}
+    assert f"Note: 2 {unread} score" in data.report.lines()
+    reads = TEMPLATES["chatml"].replace(
+        "message['content']", "message['content'] ~ message['score']"
+    )
+    assert reads != TEMPLATES["chatml"]
+    data = PreferenceDataset(rows, make(tokenizer, reads), 1, verbose=False)
+    assert data.report.counts == {f"{unread} id": 2}
+
+
+def test_a_developer_s_text_stays_when_a_prompt_is_cut(tokenizer):
+    developer = {"role": "developer", "content": "ANSWER IN FRENCH"}
+    turns = [developer, USER, GOOD, {**USER, "content": "Sure?"}]
+    for template in ("chatml", LLAMA31):
+        whole = make(tokenizer, template)
+        size = len(one(whole, record([GOOD], turns, ())).prompt_ids)
+        short = make(tokenizer, template, max_prompt_length=size - 1)
+        row = one(short, record([GOOD], turns, ()))
+        text = text_of(tokenizer, row.prompt_ids)
+        assert "ANSWER IN FRENCH" in text
+        assert "What is" not in text
 
 
 def test_extras_are_not_shared():

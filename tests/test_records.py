@@ -267,6 +267,14 @@ def test_column_map():
         normalize_records(rows, {"prompt": "nope"})
 
 
+def test_a_column_may_be_two_fields():
+    rows = [{"q": "Q", "chosen": "good", "rejected": "bad"}]
+    records, report = normalize_records(rows, {"prompt": "q", "system": "q"})
+    system = {"role": "system", "content": "Q"}
+    assert records == [{**CHAT, "prompt": [system, USER]}]
+    assert report.unused_columns == []
+
+
 def test_extra_fields_pass_through():
     row = {
         **TEXT,
@@ -284,6 +292,31 @@ def test_extra_fields_pass_through():
             "reference_rejected_log_prob": -4.0,
         }
     ]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_one_reference_log_prob_alone_is_refused(side):
+    names = {f"reference_{x}_log_prob" for x in ("chosen", "rejected")}
+    given = f"reference_{side}_log_prob"
+    (missing,) = names - {given}
+    wrong = f"field '{missing}' must be there beside '{given}', or neither"
+    for cell in (-1.0, None):
+        with pytest.raises(ValueError, match=f"Row 0, {wrong}"):
+            normalize_records([{**TEXT, given: cell}])
+    both = {**TEXT, given: -1.0, missing: -2.0}
+    for late in ({**TEXT, given: -1.0}, {**both, missing: None}):
+        with pytest.raises(ValueError, match=f"Row 1, {wrong}"):
+            normalize_records([both, late])
+    assert normalize_records([{**TEXT, given: None, missing: None}])[0] == [
+        TEXT
+    ]
+
+
+@pytest.mark.parametrize("column", ["score_chosen", "rejected-rating"])
+def test_a_lone_score_is_listed_as_unused(column):
+    records, report = normalize_records([{**TEXT, column: 1.0}])
+    assert records == [TEXT]
+    assert report.lines()[-1] == f"Unused columns: {column}"
 
 
 def test_hh_boundary_is_at_the_turn_not_at_common_characters():
@@ -361,6 +394,60 @@ def test_whole_numbers_may_be_floats():
     assert normalize_records([row])[0][0]["chosen"] == "good"
     row = {**LAYOUTS["summaries"][0], "choice": 1.0}
     assert normalize_records([row])[0][0]["chosen"] == "good"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "text"),
+    [
+        ("helpsteer3", "overall_preference", "2"),
+        ("helpsteer2", "preference_strength", "-1.0"),
+        ("shp", "labels", "0"),
+        ("shp", "score_ratio", "3.5"),
+        ("pku", "better_response_id", "1"),
+        ("pku", "better_response_id", "1.0"),
+        ("trl ultrafeedback", "score_chosen", "8"),
+    ],
+)
+def test_texts_of_numbers_are_numbers(name, field, text):
+    """Every cell of a CSV file is a text."""
+    row, expected = LAYOUTS[name]
+    assert normalize_records([{**row, field: text}])[0] == [expected]
+    for broken in ("x", "1,5", "nan", "True"):
+        with pytest.raises(ValueError, match=f"Row 1, field '{field}' must be"):
+            normalize_records([row, {**row, field: broken}])
+
+
+def test_labels_and_weights_of_csv_files(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text(
+        "prompt,response_0,response_1,better_response_id,weight\n"
+        "a,good,bad,0,0.5\nb,bad,good,1,\n"
+    )
+    records, _ = normalize_records(read_rows(path))
+    assert [record["chosen"] for record in records] == ["good", "good"]
+    assert records[0]["weight"] == 0.5
+    assert "weight" not in records[1]
+    path.write_text(
+        "prompt,response_0,response_1,better_response_id\na,good,bad,\n"
+    )
+    with pytest.raises(ValueError, match="Row 0, field 'better_response_id'"):
+        normalize_records(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("weight",),
+        ("margin",),
+        ("reference_chosen_log_prob", "reference_rejected_log_prob"),
+        ("score_chosen", "score_rejected"),
+    ],
+)
+def test_an_empty_cell_of_an_optional_number_is_none(fields):
+    row = {**TEXT, **dict.fromkeys(fields, "")}
+    assert normalize_records([row])[0] == [TEXT]
+    ratio = {**LAYOUTS["shp"][0], "score_ratio": ""}
+    assert normalize_records([ratio])[0][0]["margin"] == 1.0
 
 
 def test_scores_under_two_names_are_no_order():

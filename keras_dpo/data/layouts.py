@@ -417,7 +417,7 @@ def from_ab(row: Row, form: Form) -> list[Record]:
         answers.reverse()
     record = pair(row, form, asked(row, form), *answers)
     margin = abs(preference)
-    if row.get("score_ratio") is not None:
+    if not is_empty(row.get("score_ratio")):
         margin = finite_number(row["score_ratio"], "score_ratio")
     return [{**record, "margin": float(margin)}]
 

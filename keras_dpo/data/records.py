@@ -13,12 +13,11 @@ from keras_dpo.data.values import (
 )
 from keras_dpo.errors import UserError
 
-EXTRA_FIELDS = (
-    "weight",
-    "margin",
+REFERENCE_COLUMNS = (
     "reference_chosen_log_prob",
     "reference_rejected_log_prob",
 )
+EXTRA_FIELDS = ("weight", "margin", *REFERENCE_COLUMNS)
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
 ID_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SCORE_COLUMNS = (
@@ -39,7 +38,6 @@ CONTEXT_COLUMNS = {
     "audios": "sounds",
     "audio": "sounds",
 }
-READ_ALWAYS = {*EXTRA_FIELDS, *(x for names in SCORE_COLUMNS for x in names)}
 
 
 @dataclasses.dataclass
@@ -152,6 +150,10 @@ def settle_form(
             f"ranked={ranked!r}."
         )
     row = _renamed(row, 0, column_map)
+    try:
+        _check_references(row, [x for x in REFERENCE_COLUMNS if x in row])
+    except RowError as error:
+        raise UserError(f"Row 0, {error}") from error
     return layouts.settle(row, ranked == "all"), row
 
 
@@ -180,8 +182,8 @@ def each_record(
             _check_form(form, row_0, row, number)
             judged |= {name for name in row if not is_empty(row[name])}
         report.num_rows += 1
-        unused = layouts.columns_of(row, form) - form.columns - READ_ALWAYS
-        report.note_unused(row, unused)
+        unused = layouts.columns_of(row, form) - form.columns
+        report.note_unused(row, unused - _numbers_of(row))
         for record in _convert(form, row, number, report):
             if _same(record):
                 report.drop("identical pairs", number)
@@ -235,18 +237,38 @@ def _renamed(
             )
         renamed[field] = row[column]
         if column not in column_map:
-            renamed.pop(column)
+            # Two fields may come from one column.
+            renamed.pop(column, None)
     return renamed
+
+
+def _check_references(row: Row, given: list[str]) -> None:
+    """Raise where one of the two reference log-probs is there alone."""
+    if len(given) == 1:
+        missing = next(name for name in REFERENCE_COLUMNS if name not in given)
+        raise RowError(
+            missing,
+            f"there beside {given[0]!r}, or neither, for the reference to be "
+            "computed",
+            row.get(missing),
+        )
+
+
+def _numbers_of(row: Row) -> set[str]:
+    """Columns of numbers that every layout reads; scores come in twos."""
+    pairs = [names for names in SCORE_COLUMNS if {*names} <= set(row)]
+    return {*EXTRA_FIELDS, *(name for names in pairs for name in names)}
 
 
 def _extras(row: Row) -> Record:
     extras: Record = {}
     for better, worse in SCORE_COLUMNS:
-        if row.get(better) is not None and row.get(worse) is not None:
+        if not is_empty(row.get(better)) and not is_empty(row.get(worse)):
             extras["margin"] = _number(row, better) - _number(row, worse)
     for field in EXTRA_FIELDS:
-        if row.get(field) is not None:
+        if not is_empty(row.get(field)):
             extras[field] = _number(row, field)
+    _check_references(row, [x for x in REFERENCE_COLUMNS if x in extras])
     if extras.get("weight", 1.0) < 0:
         raise RowError("weight", "0 or more", row["weight"])
     return extras

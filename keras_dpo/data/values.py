@@ -27,6 +27,9 @@ TURN_KEYS = (
     "tool_call_id",
     "name",
     "reasoning_content",
+    "reasoning",
+    "thinking",
+    "function_call",
 )
 
 
@@ -59,18 +62,31 @@ def text(row: Row, field: str) -> str:
 
 
 def finite_number(value: Any, field: str) -> float:
-    """An int or float that is finite; a boolean is none."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value):
+    """A finite number, or its text; a boolean is none."""
+    number = _parsed_number(value)
+    good = isinstance(number, int | float) and not isinstance(number, bool)
+    if not good or not math.isfinite(number):
         raise RowError(field, "a finite number", value)
-    return float(value)
+    return float(number)
 
 
 def binary_choice(value: Any, field: str) -> int:
     """0 or 1; a boolean is neither, for nobody says which of two it names."""
-    if isinstance(value, bool) or value not in (0, 1):
+    number = _parsed_number(value)
+    if isinstance(number, bool) or number not in (0, 1):
         raise RowError(field, "0 or 1", value)
-    return int(value)
+    return int(number)
+
+
+def _parsed_number(value: Any) -> Any:
+    """The number that a text spells, for cells of CSV are texts; all else as
+    it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def parsed_json(value: str, field: str) -> Any:
