@@ -88,7 +88,7 @@ def stock(tmp_path_factory):
     shutil.copy(directory / "train.jsonl", directory / "pairs.jsonl")
     shutil.copy(PAIRS, directory / "dpo_en_demo.json")
     save_chat_preset(directory / "gemma3_instruct_270m", "Gemma3")
-    for name in ("gemma3_instruct_1b", "path/or/preset", "tuned"):
+    for name in ("gemma3_instruct_1b", "path/or/preset"):
         shutil.copytree(directory / "gemma3_instruct_270m", directory / name)
     make_chat_tokenizer().save_pretrained(directory / "MODEL")
     (directory / "config.yaml").write_text(
@@ -136,10 +136,7 @@ def reader(tmp_path):
 # --- Python -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "page", [p for p, text in PAGES.items() if code_blocks(text, "python")]
-)
-def test_python_blocks_run(page, workplace, reader):
+def run_python_blocks(page, workplace, reader):
     """All of a page's, in their order, in one process, as they stand there."""
     code = [""] * PAGES[page].count("\n")
     for line, block in code_blocks(PAGES[page], "python"):
@@ -149,6 +146,13 @@ def test_python_blocks_run(page, workplace, reader):
     script = workplace / f"{pathlib.Path(page).stem}.py"
     script.write_text("\n".join(code))
     reader(sys.executable, str(script))
+
+
+@pytest.mark.parametrize(
+    "page", [p for p, text in PAGES.items() if code_blocks(text, "python")]
+)
+def test_python_blocks_run(page, workplace, reader):
+    run_python_blocks(page, workplace, reader)
 
 
 def test_readme_names_what_it_needs(workplace):
@@ -214,7 +218,11 @@ def test_settings_of_commands_are_right(page, workplace, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_IN_EARNEST)
 def test_commands_run_in_earnest(page, workplace, reader):
-    """One after the other, as a reader would."""
+    """One after the other, as a reader would, after the page's Python.
+
+    So README's command line takes the policy that its Python has saved.
+    """
+    run_python_blocks(page, workplace, reader)
     said = [
         reader("bash", "-c", command).stdout
         for where, command in TO_RUN

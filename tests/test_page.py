@@ -131,7 +131,13 @@ PAGE_LOSSES = (
 ).split()
 
 
-@pytest.mark.parametrize("name", PAGE_LOSSES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (i >= 4))
+        for i, name in enumerate(PAGE_LOSSES)
+    ],
+)
 def test_loss_type_is_the_loss_that_runs(name, run):
     done = run(loss_type=name, max_steps=1)
     assert isinstance(done.model.preference_loss, keras_dpo.losses.LOSSES[name])

@@ -219,9 +219,9 @@ else:
 @pytest.mark.parametrize(
     ("left_out", "kind", "pairs"),
     [
-        (0, "whole", 42),
+        pytest.param(0, "whole", 42, marks=pytest.mark.slow),
         (42, "whole", 2),
-        (0, "refused", 0),
+        pytest.param(0, "refused", 0, marks=pytest.mark.slow),
     ],
 )
 def test_each_process_tokenizes_its_share(left_out, kind, pairs):
@@ -263,6 +263,7 @@ def test_processes_meet_as_on_slurm(method):
     assert found[0][2] == found[1][2]
 
 
+@pytest.mark.slow
 def test_processes_with_other_rows_are_told():
     script = READ.replace("rows[9]", "rows[9 + jax.process_index()]")
     for _, error in results(launch(["-c", script, "0", "whole"], 2, 1)):

@@ -97,6 +97,7 @@ def test_sigterm_and_ctrl_c_save_and_lose_nothing(tmp_path):
     assert finish(start(tmp_path / "stopped", "full", every=1000)) == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path):
     """No file may grow any more, midway: an error; the backup before is whole.
 
