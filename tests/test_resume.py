@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import random_pairs, tiny_policy, values_of
 
-from keras_dpo import DPOModel, PreferenceDataset
+from keras_dpo import DPOModel, DPOPreprocessor, PreferenceDataset
 from keras_dpo.callbacks import MetricsFile, TrainingBackup
 from keras_dpo.callbacks.stop_after import StopAfter
 from keras_dpo.schedules import WarmupThenDecay
@@ -316,11 +316,17 @@ def test_nested_names_are_no_settings(tmp_path):
     check_same(run(tmp_path, model=scaled()), expected)
 
 
+class DatedPreprocessor(DPOPreprocessor):
+    """As if its template wrote a date."""
+
+    written_date = None
+
+
 def test_a_date_that_the_template_writes_is_named(tmp_path):
     def dated(date):
-        pairs = data()
-        pairs.preprocessor.written_date = date
-        return pairs
+        preprocessor = DatedPreprocessor()
+        preprocessor.written_date = date
+        return data(preprocessor=preprocessor)
 
     run(tmp_path, x=dated("2026-01-01"), epochs=1)
     with pytest.raises(ValueError, match="of another run") as told:

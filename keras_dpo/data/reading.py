@@ -134,11 +134,12 @@ class PairReader:
             return self._preprocessor.tokenize(records, numbers)
         own = slice(jax.process_index(), None, processes)
         failure, pairs = None, []
+        mine: Exception | None = None
         try:
             pairs = self._preprocessor.tokenize(records[own], numbers[own])
-        except UserError as error:
-            # The others wait for this process.
-            failure = str(error)
+        except Exception as error:
+            # A bug, too: the others wait for this process.
+            mine, failure = error, str(error)
         digest = hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest()
         told = of_all_processes((digest, failure, pairs))
         tokenized: list[Any] = [None] * len(part)
@@ -148,7 +149,9 @@ class PairReader:
                     f"Processes 0 and {process} read other rows of "
                     f"{self.rows.name}. Give every process the same data."
                 )
-            if failure:
+            if mine is not None:
+                raise mine
+            if failure is not None:
                 raise UserError(failure)
             tokenized[process::processes] = [Tokenized(*x) for x in pairs]
         return tokenized
