@@ -35,7 +35,11 @@ from keras_dpo.distribution import (
 )
 from keras_dpo.errors import UserError
 from keras_dpo.execution import check_remat, choose_execution
-from keras_dpo.initial_weights import INITIAL_WEIGHTS_GONE, InitialWeights
+from keras_dpo.initial_weights import (
+    INITIAL_WEIGHTS_GONE,
+    InitialWeights,
+    initial_weights_kept,
+)
 from keras_dpo.losses import LossLike
 from keras_dpo.memory import (
     MemoryReport,
@@ -440,7 +444,7 @@ class DPOModel(PreferenceSteps):
             elif not self.has_trained:
                 self._check_first_batch(train)
             self._fitting = True
-            with resumable_epochs(), stop:
+            with resumable_epochs(), stop, initial_weights_kept(self.policy):
                 history = super().fit(
                     train,
                     epochs=epochs,
@@ -541,10 +545,7 @@ class DPOModel(PreferenceSteps):
             # `fit` brings its own state back.
             yield
             return
-        initial: Any = contextlib.nullcontext()
-        if self._initial is not None:
-            initial = self._initial.kept()
-        with initial:
+        with initial_weights_kept():
             try:
                 yield
             finally:

@@ -1,8 +1,9 @@
 """The weights that a policy began with, for as long as they are there."""
 
 import operator
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import jax
 import keras
@@ -16,6 +17,25 @@ INITIAL_WEIGHTS_GONE = (
     "DPOModel(policy) was made. Make a new DPOModel(policy); the policy as it "
     "is now is then the reference."
 )
+
+
+# All that are held in this process: one model's run may replace the arrays of
+# another's policy or reference.
+_HELD: "weakref.WeakSet[InitialWeights]" = weakref.WeakSet()
+
+
+@contextmanager
+def initial_weights_kept(trained: keras.Model | None = None) -> Iterator[None]:
+    """Follow all initial weights through a run that donates variables.
+
+    Args:
+        trained: The policy that the run trains, if it trains one.
+    """
+    with ExitStack() as stack:
+        for weights in list(_HELD):
+            if trained is None or not weights.belong_to(trained):
+                stack.enter_context(weights.kept())
+        yield
 
 
 class InitialWeights:
@@ -32,6 +52,11 @@ class InitialWeights:
         self._policy = policy
         self._variables = list(policy.weights)
         self._values = self._now
+        _HELD.add(self)
+
+    def belong_to(self, policy: keras.Model) -> bool:
+        """Whether they are a policy's."""
+        return self._policy is policy
 
     @property
     def are_current(self) -> bool:

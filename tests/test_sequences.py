@@ -172,6 +172,21 @@ def test_scoring_is_no_training(use):
     assert model.evaluate(data(), verbose=0)[0] == pytest.approx(LN2)
 
 
+def test_another_model_s_run_is_not_this_one_s_training():
+    """Two models of one policy; a policy that is another's reference."""
+    policy = tiny_policy(layers=1)
+    waiting = compiled(policy, "precomputed")
+    compiled(policy).evaluate(data(seed=3), verbose=0)
+    other = compiled(tiny_policy(layers=1, seed=4), policy)
+    other.fit(data(), verbose=0)
+    assert not waiting.has_trained
+    assert waiting.evaluate(data(), verbose=0)[0] == pytest.approx(LN2)
+    # Its own policy, trained elsewhere, is.
+    compiled(policy).fit(data(), verbose=0)
+    with pytest.raises(UserError, match="initial weights are gone"):
+        waiting.fit(data(seed=9), verbose=0)
+
+
 def test_training_without_a_reference_leaves_none_to_make():
     model = compiled(loss="simpo")
     model.fit(data(), verbose=0)
