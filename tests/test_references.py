@@ -183,6 +183,9 @@ def test_stored_sums_and_ld_alpha():
             loss=losses.Sigmoid(ld_alpha=0.5),
         )
     pairs[1].pop("reference_chosen_log_prob")
+    with pytest.raises(ValueError, match="Row 1, field 'reference_chosen_log"):
+        data(pairs)
+    pairs[1].pop("reference_rejected_log_prob")
     with pytest.raises(ValueError, match="none for row 1"):
         data(pairs)
 
