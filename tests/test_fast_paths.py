@@ -125,6 +125,7 @@ def test_options_work_on_fast_paths(options):
     assert_same(fast, train(PLAIN, whole=False, **options))
 
 
+@pytest.mark.slow
 def test_stored_reference_on_fast_paths():
     """What is stored equals what runs online, for train and validation."""
     online = train({"reference": tiny_policy(seed=4)})

@@ -168,6 +168,7 @@ def smol_policy(smollm2):
     return load_policy(str(smollm2))
 
 
+@pytest.mark.slow
 def test_smollm2_loads_saves_and_answers(smol_policy, tmp_path):
     """Tied, with a tokenizer Keras-Hub cannot save: both load again."""
     import keras_hub

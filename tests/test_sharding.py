@@ -49,6 +49,7 @@ for case, kind in itertools.product(json.loads(sys.argv[1]), ("one", "mesh")):
 """
 
 
+@pytest.mark.slow
 def test_families_on_a_mesh_equal_one_device():
     """Losses and trained weights after four steps on data=4, model=2."""
     cases = CASES
