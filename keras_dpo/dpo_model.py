@@ -633,9 +633,9 @@ class DPOModel(PreferenceSteps):
                 "precompute_reference=True."
             )
         self._ensure_reference()
-        dataset = make_dataset(x, self.preprocessor, batch_size, False)
+        dataset = make_dataset(x, self.preprocessor, batch_size, False).view()
         dataset.check_fits(self)
-        return fill_in_reference(self, dataset.view())
+        return fill_in_reference(self, dataset)
 
     # --- Saving -----------------------------------------------------------
 

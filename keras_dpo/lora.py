@@ -44,12 +44,12 @@ def restore_trained_parts(policy: keras.Model, record: dict[str, Any]) -> None:
         UserError: A layer comes back with another number type.
     """
     layers = list(policy._flatten_layers())
-    for index, settings in record["lora"].items():
+    for index, saved_settings in record["lora"].items():
         layer = layers[int(index)]
         if not layer.lora_enabled:
             # Keras' own layers bring it back, backbones of Keras-Hub do not.
-            layer.enable_lora(settings["lora_rank"])
-        for name, value in settings.items():
+            layer.enable_lora(saved_settings["lora_rank"])
+        for name, value in saved_settings.items():
             setattr(layer, name, value)
     for variable, trainable in zip(
         policy.weights, record["trainable"], strict=True
