@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import keras
 import numpy as np
 
-from keras_dpo.distribution import distribute_batch, to_host
 from keras_dpo.errors import UserError, UserTypeError
-from keras_dpo.log_probs import Batch
 from keras_dpo.messages import say
 from keras_dpo.presets import text_tokenizer_of
 from keras_dpo.reference import (
@@ -217,27 +214,6 @@ def report_start(
         )
 
 
-def chosen_log_probs_per_token(
-    model: Any, batch: dict[str, Any]
-) -> tuple[float, float]:
-    """Mean log-prob of the chosen tokens, by policy and by reference, nats."""
-
-    def means(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
-        policy, reference, _, _ = model._forward(
-            trainable, frozen, batch, False
-        )
-        tokens = policy.lengths[:, 0].sum()
-        return policy.chosen.sum() / tokens, reference.chosen.sum() / tokens
-
-    found = jax.jit(means, compiler_options=model.compiler_options)(
-        [v.value for v in model.trainable_variables],
-        [v.value for v in model.non_trainable_variables],
-        distribute_batch(batch),
-    )
-    policy, reference = (float(to_host(value)) for value in found)
-    return policy, reference
-
-
 def warn_of_swapped_pairs(
     history: dict[str, list[float]], num_pairs: int
 ) -> None:
@@ -264,50 +240,26 @@ def steps_done(optimizer: keras.Optimizer) -> int:
     return int(keras.ops.convert_to_numpy(optimizer.iterations))
 
 
-class FirstBatchCheck:
-    """At step 0 policy and reference are one: every reward must be 0."""
+def check_first_batch(model: Any, batch: dict[str, Any]) -> None:
+    """Raise where a snapshot does not give a first batch the policy's numbers.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def run(self, batch: dict[str, Any]) -> None:
-        """Raise if the first batch's rewards or loss say otherwise."""
-        model = self.model
-        reference = model.reference
-        if not isinstance(reference, SnapshotReference):
-            return
-        if not reference.is_exact:
-            return
-
-        def rewards_and_losses(
-            trainable: Any, frozen: Any, batch: Batch
-        ) -> tuple[Any, Any, Any]:
-            wanted = model._wanted
-            policy, reference, _, _ = model._forward(
-                trainable, frozen, batch, False, wanted
-            )
-            loss = model.preference_loss
-            return (
-                loss.rewards(policy, reference),
-                loss.per_pair(policy, reference),
-                loss.per_pair(policy, policy),
-            )
-
-        rewards, found, expected = jax.jit(
-            rewards_and_losses,
-            compiler_options=model.compiler_options,
-        )(
-            [v.value for v in model.trainable_variables],
-            [v.value for v in model.non_trainable_variables],
-            distribute_batch(batch),
+    At step 0 policy and reference are one: every reward must be 0.
+    """
+    reference = model.reference
+    if not isinstance(reference, SnapshotReference) or not reference.is_exact:
+        return
+    loss = model.preference_loss
+    policy_log_probs, log_probs = model.pair_log_probs_of(batch)
+    found = loss.per_pair(policy_log_probs, log_probs)
+    expected = loss.per_pair(policy_log_probs, policy_log_probs)
+    rewards = loss.rewards(policy_log_probs, log_probs)
+    largest = float(np.max(np.abs(rewards)))
+    gap = float(np.max(np.abs(found - expected)))
+    if not (largest < 1e-3 and gap < 1e-3):
+        raise UserError(
+            "Before the first step policy and reference must agree: every "
+            "reward 0, every loss at its value for margin 0. Received: a "
+            f"reward of {largest:.3g}, a loss {gap:.3g} off. The policy "
+            "changed after DPOModel(policy) (weights loaded, a step taken "
+            "elsewhere), or gives NaN. Make a new DPOModel(policy)."
         )
-        largest = float(np.max(np.abs(to_host(rewards))))
-        gap = float(np.max(np.abs(to_host(found) - to_host(expected))))
-        if not (largest < 1e-3 and gap < 1e-3):
-            raise UserError(
-                "Before the first step policy and reference must agree: every "
-                "reward 0, every loss at its value for margin 0. Received: a "
-                f"reward of {largest:.3g}, a loss {gap:.3g} off. The policy "
-                "changed after DPOModel(policy) (weights loaded, a step taken "
-                "elsewhere), or gives NaN. Make a new DPOModel(policy)."
-            )

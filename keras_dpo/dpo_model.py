@@ -15,8 +15,8 @@ from keras_dpo import lora, losses
 from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.callbacks.training_backup import Restored, TrainingBackup
 from keras_dpo.checks import (
-    FirstBatchCheck,
     check_differentiable,
+    check_first_batch,
     check_one_reference,
     check_policy,
     check_same_ids,
@@ -205,6 +205,7 @@ class DPOModel(PreferenceSteps):
         self.gradient_accumulation_steps = 1
         self._pair_metrics = []
         self._optional_metrics = []
+        self._pair_log_probs_function = None
         self._fitting = False
         # Kept while a loss without a reference is compiled in between.
         self._snapshot: Untracked | None = None
@@ -269,6 +270,7 @@ class DPOModel(PreferenceSteps):
         self.preference_loss = losses.get(loss)
         self._optional_metrics = list(metrics or [])
         self._pair_metrics = make_metrics(self._optional_metrics)
+        self._pair_log_probs_function = None
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self._build_reference()
         super().compile(optimizer=optimizer, loss=None, **kwargs)
@@ -330,11 +332,6 @@ class DPOModel(PreferenceSteps):
     def has_trained(self) -> bool:
         """Whether a training step has moved the policy."""
         return self._initial is None
-
-    def _check_is_initial(self) -> None:
-        """Raise where the policy is not the one that `DPOModel` was made of."""
-        if self._initial is None or not self._initial.are_current:
-            raise UserError(INITIAL_WEIGHTS_GONE)
 
     def _ensure_reference(self) -> Reference:
         if self.reference is None:
@@ -474,8 +471,9 @@ class DPOModel(PreferenceSteps):
             self._reference_was_dropped or train.reference_is_summed
         ):
             # The other references are compared by their log-probs.
-            self._check_is_initial()
-        FirstBatchCheck(self).run(train.make_batch(train.batch_indices(0)))
+            if self._initial is None or not self._initial.are_current:
+                raise UserError(INITIAL_WEIGHTS_GONE)
+        check_first_batch(self, train.make_batch(train.batch_indices(0)))
 
     def evaluate(
         self,

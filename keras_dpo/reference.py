@@ -252,6 +252,7 @@ def replace_reference(model: Any, reference: Reference) -> None:
             if id(layer) not in dropped
         }
     model.reference = reference
+    model._pair_log_probs_function = None
 
 
 def vocabulary_size(model: keras.Model) -> int | None:

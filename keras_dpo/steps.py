@@ -12,7 +12,11 @@ import keras
 import numpy as np
 
 from keras_dpo.compilation import compiler_options, steps_with_options
-from keras_dpo.distribution import whole_on_devices
+from keras_dpo.distribution import (
+    distribute_batch,
+    to_host,
+    whole_on_devices,
+)
 from keras_dpo.execution import Execution
 from keras_dpo.flat_products import transposes_before
 from keras_dpo.log_probs import (
@@ -41,6 +45,8 @@ class PreferenceSteps(keras.Model):
     gradient_accumulation_steps: int
     _pair_metrics: list[keras.metrics.Mean]
     _optional_metrics: list[str]
+    # Compiled once for a loss and a reference; None where they are new.
+    _pair_log_probs_function: Any
 
     # --- What Keras sees of the variables -------------------------------
 
@@ -127,6 +133,33 @@ class PreferenceSteps(keras.Model):
             new = scope.get_current_value(variable)
             updated.append(value if new is None else new)
         return policy, reference, statistics, updated
+
+    def pair_log_probs_of(
+        self, batch: Batch
+    ) -> tuple[PairLogProbs, PairLogProbs]:
+        """Policy and reference on a batch outside `fit`'s steps, on the host.
+
+        The policy with its variables' values as they are now, without dropout.
+        """
+        if self._pair_log_probs_function is None:
+
+            def pair_log_probs(
+                trainable: list[Array], frozen: list[Array], batch: Batch
+            ) -> tuple[PairLogProbs, PairLogProbs]:
+                policy, reference, _, _ = self._forward(
+                    trainable, frozen, batch, False, self._wanted
+                )
+                return policy, reference
+
+            self._pair_log_probs_function = jax.jit(
+                pair_log_probs, compiler_options=self.compiler_options
+            )
+        found = self._pair_log_probs_function(
+            [v.value for v in self.trainable_variables],
+            [v.value for v in self.non_trainable_variables],
+            distribute_batch(batch),
+        )
+        return jax.tree.map(to_host, found)
 
     def _loss_and_updates(
         self,

@@ -13,7 +13,7 @@ from conftest import ORACLE, ROOT, random_pairs, tiny_policy, values_of
 
 import keras_dpo
 from keras_dpo import DPOModel, PreferenceDataset, losses
-from keras_dpo.checks import FirstBatchCheck, steps_done
+from keras_dpo.checks import check_first_batch, steps_done
 
 LN2 = float(np.log(2))
 
@@ -434,7 +434,7 @@ def test_self_check_passes_for_every_loss():
     for name in losses.LOSSES:
         model = compiled(policy, name)
         train = model._prepare(dataset(4))
-        FirstBatchCheck(model).run(train.make_batch(train.batch_indices(0)))
+        check_first_batch(model, train.make_batch(train.batch_indices(0)))
 
 
 # --- Dropout, dtype ---------------------------------------------------------

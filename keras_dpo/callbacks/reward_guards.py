@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from keras_dpo.callbacks.step_logger import StepLogger
-from keras_dpo.checks import chosen_log_probs_per_token
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.messages import say
 from keras_dpo.reference import (
@@ -188,7 +187,10 @@ class CollapseGuard(StepLogger):
         if not log_prob / self._dataset.pairs.lengths[:, 1].mean() < guess / 2:
             return
         batch = self._dataset.make_batch(self._dataset.batch_indices(0))
-        now, began = chosen_log_probs_per_token(self.model, batch)
+        now, began = (
+            float(found.chosen.sum() / found.lengths[:, 0].sum())
+            for found in self.model.pair_log_probs_of(batch)
+        )
         # Random weights know as little from the start, and lose nothing.
         if now >= 0.8 * guess or not began > 0.6 * guess:
             return
