@@ -174,6 +174,7 @@ def test_tensorboard_works_on_jax(tmp_path):
     assert b"epoch_reward_accuracy" in content
 
 
+@pytest.mark.slow
 def test_samples_show_policy_beside_reference():
     """The reference's answers stay those of the start; training goes on
     unharmed by the swap."""
@@ -213,6 +214,7 @@ def test_mistakes():
         MetricsFile("x", every=0)
 
 
+@pytest.mark.slow
 def test_own_callbacks_act_in_the_training_thread_alone(tmp_path):
     """Keras runs async-safe callbacks in other threads, while the next step
     deletes the state: 200 steps would find a race."""

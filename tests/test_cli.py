@@ -73,6 +73,7 @@ def test_help_does_not_depend_on_a_docstring_s_indentation():
     assert about["streaming"].endswith("which the epochs share.")
 
 
+@pytest.mark.slow
 def test_help_without_docstrings():
     """`python -OO` has none."""
     done = subprocess.run(
@@ -121,6 +122,7 @@ def test_flags_win_however_the_file_is_named(command, tmp_path, spelling):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_refused_start_leaves_the_config_of_the_run(
     command, preset, tmp_path
 ):

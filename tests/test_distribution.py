@@ -136,6 +136,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("kind", ["data", "model"])
+@pytest.mark.slow
 def test_meshes_equal_one_device(kind):
     """Losses, rewards, policy and synced reference after five steps."""
     found = run(kind)

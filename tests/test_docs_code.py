@@ -151,6 +151,7 @@ def run_python_blocks(page, workplace, reader):
 @pytest.mark.parametrize(
     "page", [p for p, text in PAGES.items() if code_blocks(text, "python")]
 )
+@pytest.mark.slow
 def test_python_blocks_run(page, workplace, reader):
     run_python_blocks(page, workplace, reader)
 

@@ -204,6 +204,7 @@ def test_accumulation_equals_the_large_batch(loss):
         assert results[1][1][name] == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulation_memory_follows_the_micro_batch():
     """Temporary memory of the compiled step, as XLA plans it."""
 
@@ -228,6 +229,7 @@ def test_schedule_counts_updates_not_micro_batches():
     assert float(model.optimizer.learning_rate) == pytest.approx(0.0, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_metrics_of_a_short_last_batch():
     """7 pairs in batches of 4 give the means of all 7."""
     model = compiled(rate=0.5)
@@ -300,6 +302,7 @@ def test_validation_set_with_its_own_batch_size():
         compiled().fit(dataset(8, 4), batch_size=2, verbose=0)
 
 
+@pytest.mark.slow
 def test_weight_two_is_the_pair_twice_and_zero_is_its_absence():
     pairs = random_pairs(3)
     cases = [
@@ -319,6 +322,7 @@ def test_weight_two_is_the_pair_twice_and_zero_is_its_absence():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_predict_is_in_input_order():
     pairs = random_pairs(9, longest=40)
     model = compiled()
@@ -440,6 +444,7 @@ def test_self_check_passes_for_every_loss():
 # --- Dropout, dtype ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dropout_is_off_unless_asked_for():
     def first_losses(disable):
         found = []
@@ -472,6 +477,7 @@ def test_sixteen_bit_trainable_variables_are_refused():
         DPOModel(policy).compile()
 
 
+@pytest.mark.slow
 def test_mixed_bfloat16_trains():
     model = DPOModel(tiny_policy(dtype="mixed_bfloat16"))
     model.compile(optimizer=keras.optimizers.Adam(1e-3))
@@ -492,6 +498,7 @@ def test_mixed_float16_gets_a_scaled_loss():
     assert type(model.optimizer).__name__ == "LossScaleOptimizer"
 
 
+@pytest.mark.slow
 def test_loss_scaling_changes_nothing_else():
     """Scaled, differentiated and scaled back: the same weights."""
 
@@ -510,6 +517,7 @@ def test_loss_scaling_changes_nothing_else():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_average_of_weights_counts_updates_not_micro_batches():
     """4 micro-batches and one large batch leave the same Keras EMA."""
 
@@ -535,6 +543,7 @@ def test_average_of_weights_counts_updates_not_micro_batches():
     )
 
 
+@pytest.mark.slow
 def test_optimizer_clipping_keeps_working():
     model = DPOModel(tiny_policy())
     before = values_of(model.trainable_variables)
@@ -547,6 +556,7 @@ def test_optimizer_clipping_keeps_working():
     assert np.sqrt(moved) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_keras_own_accumulation_keeps_working():
     """Two fit steps, one update."""
     model = DPOModel(tiny_policy())
@@ -629,6 +639,7 @@ def test_summary_shows_policy_reference_and_what_is_trained():
     assert "Trained: " in text
 
 
+@pytest.mark.slow
 def test_running_state_of_a_loss_moves_in_fit_not_in_evaluate():
     loss = losses.BetaDPO(beta=0.5)
     model = compiled(loss=loss, rate=0.5)

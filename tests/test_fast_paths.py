@@ -88,6 +88,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("path", list(PATHS))
+@pytest.mark.slow
 def test_a_run_equals_the_plain_path(path):
     """Losses, metrics and weights, with a sync.
 
@@ -120,6 +121,7 @@ def test_a_run_equals_the_plain_path(path):
     ],
     ids=lambda o: str(next(iter(o.values())))[:24],
 )
+@pytest.mark.slow
 def test_options_work_on_fast_paths(options):
     fast = train({}, whole=False, **options)
     assert_same(fast, train(PLAIN, whole=False, **options))
@@ -144,6 +146,7 @@ def test_stored_reference_on_fast_paths():
     assert stored[0]["loss"][0] == pytest.approx(online[0]["loss"][0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fast_paths_are_the_default_and_said(caplog):
     caplog.set_level(logging.INFO, "keras_dpo")
     model = DPOModel(tiny_policy())
@@ -185,6 +188,7 @@ def test_what_cannot_be_is_told():
             DPOModel(tiny_policy(), **mistake)
 
 
+@pytest.mark.slow
 def test_layers_are_computed_again_where_memory_is_short(monkeypatch):
     records = random_pairs(4)
     for free, expected in ((1e12, False), (1e4, True)):
@@ -195,6 +199,7 @@ def test_layers_are_computed_again_where_memory_is_short(monkeypatch):
         assert model.remat is expected
 
 
+@pytest.mark.slow
 def test_rows_compile_once_per_length():
     data = keras_dpo.PreferenceDataset(
         random_pairs(60, longest=80), batch_size=4, verbose=False

@@ -161,6 +161,7 @@ print("RESULT" + json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_a_batch_smaller_than_the_mesh():
     """In every way in; it was "cannot reshape array of size 4 into (8)"."""
     for text in on_eight_devices(EIGHT)[0]:
@@ -171,6 +172,7 @@ def test_a_batch_smaller_than_the_mesh():
 # --- One prompt ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_prompt_gives_one_answer():
     """A string was answered letter by letter."""
     policy = tiny_policy(layers=1)

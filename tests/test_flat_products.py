@@ -73,6 +73,7 @@ def run_family(case, dtype, **options):
 
 
 @pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.slow
 def test_rows_of_bfloat16_are_as_exact_as_the_plain_path(case):
     """And train: XLA refuses a product that it transposed too late."""
     exact, losses = run_family(case, "float32")
@@ -85,6 +86,7 @@ def test_rows_of_bfloat16_are_as_exact_as_the_plain_path(case):
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.slow
 def test_sizes_that_no_tile_divides(lora):
     """Of vocabulary and hidden states, where XLA would refuse a product."""
     backbone = keras_hub.models.Llama3Backbone(

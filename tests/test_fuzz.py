@@ -171,6 +171,7 @@ names = sorted(DPOConfig.__dataclass_fields__)
 @LIMITS
 @given(st.dictionaries(st.sampled_from(names) | st.text(max_size=5),
                        config_values, max_size=4))  # fmt: skip
+@pytest.mark.slow
 def test_config_files_of_any_kind(config):
     """The command says one line and exits 2; nothing is trained."""
     import contextlib

@@ -102,6 +102,7 @@ def test_nan_in_frozen_weights_is_named(tmp_path):
         fit(model, random_pairs(8), NaNGuard(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_backup_never_holds_nan(tmp_path, caplog):
     """Sound for an epoch of 4 steps; the fifth makes every weight infinite.
 
@@ -199,6 +200,7 @@ def knowing_policy():
     return policy
 
 
+@pytest.mark.slow
 def test_a_collapsed_policy_ends_the_run():
     """Finite weights that give every token about the same log-prob."""
     policy = knowing_policy()
@@ -213,10 +215,12 @@ def test_a_collapsed_policy_ends_the_run():
     assert "learning rate 1e+06. Lower it" in text
 
 
+@pytest.mark.slow
 def test_a_policy_that_knows_little_has_not_collapsed():
     fit(model_of(1e-2), random_pairs(8), CollapseGuard(1), epochs=3)
 
 
+@pytest.mark.slow
 def test_lengths_and_weights_are_no_collapse():
     """All weight on the longest completions, at a rate that moves nothing."""
     random = np.random.default_rng(0)
@@ -234,6 +238,7 @@ def test_lengths_and_weights_are_no_collapse():
     fit(model_of(1e-7), pairs, CollapseGuard(1))
 
 
+@pytest.mark.slow
 def test_pairs_that_are_ranked_the_wrong_way_round_are_told(caplog, capsys):
     keras.config.enable_interactive_logging()
     pairs = random_pairs(16)

@@ -70,6 +70,7 @@ def test_another_process_is_named_and_a_killed_one_forgotten(tmp_path):
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_process_waits_for_another(tmp_path, capfd):
     directory = tmp_path / "run"
     process = holding(directory)

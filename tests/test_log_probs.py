@@ -260,6 +260,7 @@ def test_a_pad_id_inside_the_completion_is_scored():
     assert (np.asarray(log_probs)[0, 0, :3] < 0).all()
 
 
+@pytest.mark.slow
 def test_other_padding_gives_the_same_scores():
     policy = tiny_policy()
     pairs = random_pairs(4)
@@ -274,6 +275,7 @@ def test_other_padding_gives_the_same_scores():
     np.testing.assert_allclose(*sums, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_precision_scores_in_float32():
     """bfloat16 logits would be 0.1 nats off; the float32 product is not."""
     policy = tiny_policy(dtype="mixed_bfloat16")

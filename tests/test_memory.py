@@ -43,12 +43,14 @@ def test_report_is_what_the_compiled_step_takes():
     assert f"{found.tokens:,} tokens" in text
 
 
+@pytest.mark.slow
 def test_layers_computed_again_take_less_memory():
     kept, again = report(layers=8), report(layers=8, remat="layers")
     assert again.temporary < 0.6 * kept.temporary
     assert again.flops > kept.flops
 
 
+@pytest.mark.slow
 def test_estimate_of_what_layers_keep():
     """Not below the truth and not far above: `remat="auto"` decides by it."""
     kept, again = report(layers=8), report(layers=8, remat="layers")
@@ -57,6 +59,7 @@ def test_estimate_of_what_layers_keep():
     assert saved < estimate < 2 * saved
 
 
+@pytest.mark.slow
 def test_stored_reference_and_lora_take_less():
     full = report()
     assert report(precompute_reference=True).reference == 0
@@ -65,6 +68,7 @@ def test_stored_reference_and_lora_take_less():
     assert lora.flops < full.flops
 
 
+@pytest.mark.slow
 def test_deeper_models_follow_from_two():
     """Layers are alike: two and four tell twelve, within 15 %."""
     few, more, whole = (report(layers=n) for n in (2, 4, 12))
@@ -94,6 +98,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow
 def test_plan_needs_no_weights(tmp_path):
     """From a directory that holds the configuration alone."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -126,6 +131,7 @@ print("FOUND", len(jax.devices()), report.policy, report.optimizer,
 """
 
 
+@pytest.mark.slow
 def test_plan_of_a_mesh_that_is_not_there(tmp_path):
     """Bytes of one of eight simulated devices; nothing is held, or begun.
 
@@ -175,6 +181,7 @@ print("COUNTS", counts["hit"], counts["miss"])
 """
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path):
     script = SECOND_START.format(cache=str(tmp_path))
 

@@ -89,6 +89,7 @@ def test_rows_equal_the_plain_path(case):
     "case",
     ["Llama3, tied", "Gemma2, soft caps, sliding window", "SmolLM3"],
 )
+@pytest.mark.slow
 def test_every_layout_equals_the_plain_path(case, layout):
     policy = make(case)
     plain, rows = batches(policy, LAYOUTS[layout])
@@ -97,6 +98,7 @@ def test_every_layout_equals_the_plain_path(case, layout):
 
 
 @pytest.mark.parametrize("in_rows", [True, False])
+@pytest.mark.slow
 def test_layers_computed_again_give_the_same(in_rows):
     policy = tiny_policy()
     batch = batches(policy, {})[in_rows]

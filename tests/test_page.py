@@ -149,6 +149,7 @@ def test_loss_type_is_the_loss_that_runs(name, run):
     )
 
 
+@pytest.mark.slow
 def test_loss_weights_mix(run):
     """At the start sigmoid is ln 2, bco_pair twice that."""
     sft = steps_of(run(loss_type="sft", max_steps=1))[0]["loss"]
@@ -195,6 +196,7 @@ def test_reference_free_keeps_no_reference(run):
     assert steps_of(done)[0]["chosen_reward"] < -0.1
 
 
+@pytest.mark.slow
 def test_sync_ref_model_moves_the_reference(run):
     """24 pairs in batches of 8: a sync after step 2 of 3."""
     still = run().model.reference.snapshot
@@ -252,6 +254,7 @@ def test_disable_dropout_reaches_the_model(run, preset):
     assert abs(on["loss"] - LN2) > 1e-3
 
 
+@pytest.mark.slow
 def test_total_batch_size_is_pairs_per_update(run):
     """24 pairs."""
     for size, updates in ((12, 2), (6, 4)):
@@ -259,6 +262,7 @@ def test_total_batch_size_is_pairs_per_update(run):
         assert int(done.model.optimizer.iterations.value) == updates
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_steps_are_micro_batches(run):
     """A loss that sorts the pairs sees fewer of them at once."""
     found = [
@@ -291,6 +295,7 @@ def test_saving(run, tmp_path):
     assert not (run(model_name="b").directory / "policy").exists()
 
 
+@pytest.mark.slow
 def test_use_wandb_writes_an_offline_run(run):
     done = run(use_wandb=True, num_sample_prompts=1, model_name="wb")
     files = list((done.directory / "wandb").glob("offline-run-*/*.wandb"))
@@ -304,6 +309,7 @@ def test_log_steps(run):
     assert [r["step"] for r in steps_of(run(log_steps=2))] == [2, 3]
 
 
+@pytest.mark.slow
 def test_reference_model_repo_id_is_the_reference(run, preset):
     other = str(preset / "other")
     for name in ("reference_model_repo_id", "refrence_model_repo_id"):
@@ -312,6 +318,7 @@ def test_reference_model_repo_id_is_the_reference(run, preset):
     assert steps_of(run(max_steps=1))[0]["loss"] == pytest.approx(LN2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_dtype(run):
     done = run(dtype="bfloat16", max_steps=2)
     assert done.model.policy.dtype_policy.name == "mixed_bfloat16" or (

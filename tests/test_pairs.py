@@ -161,6 +161,7 @@ print("RESULT" + json.dumps([most - before, tokens, many.num_pairs]))
 """
 
 
+@pytest.mark.slow
 def test_many_pairs_take_little_memory():
     """Some hundred bytes a pair, and none for its tokens.
 

@@ -185,6 +185,7 @@ def originals():
     }
 
 
+@pytest.mark.slow
 def test_two_fits_in_threads_equal_two_after_each_other():
     """With rows and with padded sequences, and nothing stays patched."""
 

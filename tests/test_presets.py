@@ -196,6 +196,7 @@ def test_smollm2_loads_saves_and_answers(smol_policy, tmp_path):
     assert generate(again, reread, question, 12) == answers
 
 
+@pytest.mark.slow
 def test_a_chat_policy_loads_saves_and_answers_alike(chat_preset, tmp_path):
     """The same of a random one: same ids, template and answers."""
     import keras_hub

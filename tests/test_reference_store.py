@@ -119,6 +119,7 @@ print("whole", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_next_part(tmp_path):
     script = KILLED.format(directory=str(tmp_path))
     command = [sys.executable, "-c", script]
@@ -249,6 +250,7 @@ def test_number_types_lie_side_by_side(tmp_path):
         compiled(tiny_policy(seed=9), **options).precompute(records)
 
 
+@pytest.mark.slow
 def test_what_a_model_computes_with_is_part_of_its_store(tmp_path):
     """The same weights under another RMS epsilon."""
     import keras_hub
@@ -275,6 +277,7 @@ def test_what_a_model_computes_with_is_part_of_its_store(tmp_path):
     np.testing.assert_allclose(rewards, 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_that_add_nothing_share_the_store_of_their_base():
     """`precompute` without LoRA, `train` with it."""
     records = random_pairs(6)

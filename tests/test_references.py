@@ -76,6 +76,7 @@ def test_lora_snapshot_equals_a_frozen_copy(trained):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_with_trainable_biases():
     """GPT-2's LoRA leaves query and value biases trainable."""
     import keras_hub
@@ -220,6 +221,7 @@ def test_reference_free_builds_and_runs_nothing():
         assert isinstance(model.reference, NoReference)
 
 
+@pytest.mark.slow
 def test_no_reference_rewards_are_the_policy_s_own():
     model = fitted(tiny_policy(), None, epochs=1)
     scores = model.predict(data(), verbose=0)
@@ -355,6 +357,7 @@ def test_initial_snapshot_after_training_elsewhere_is_refused():
         model.compile()
 
 
+@pytest.mark.slow
 def test_a_sixteen_bit_snapshot_is_half_the_memory():
     """And its log-probs are those of the rounded weights."""
     exact, halved = (
@@ -387,6 +390,7 @@ def test_a_sixteen_bit_snapshot_is_half_the_memory():
         DPOModel(tiny_policy(), reference=None, snapshot_dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_an_int8_base_is_scored_and_not_trained():
     """Log-probs are close; gradients point elsewhere, in Keras' own path too.
 

@@ -87,6 +87,7 @@ def records(path):
 
 
 @pytest.mark.parametrize("how", ["more epochs", "at an epoch's end", "inside"])
+@pytest.mark.slow
 def test_metrics_begin_anew_with_an_epoch(how, tmp_path):
     def metrics(name):
         return [MetricsFile(tmp_path / name, every=1)]
@@ -151,6 +152,7 @@ def test_callbacks_act_on_a_resume_as_in_a_straight_run(batches, tmp_path):
 @pytest.mark.parametrize(
     ("limit", "higher"), [(2, 5), (3, 7), (4, None), (6, None)]
 )
+@pytest.mark.slow
 def test_a_higher_limit_goes_on(limit, higher, tmp_path, caplog):
     """Inside an epoch, at its end, and with validation at the early end."""
 
@@ -209,6 +211,7 @@ class MyStopping(keras.callbacks.EarlyStopping):
     pass
 
 
+@pytest.mark.slow
 def test_a_subclass_of_keras_own_counts_on(tmp_path):
     """As does ModelCheckpoint's own count of batches."""
 
@@ -240,6 +243,7 @@ def test_a_directory_of_backups_may_be_called_a_number(tmp_path):
     check_same(found, expected)
 
 
+@pytest.mark.slow
 def test_what_early_stopping_ended_stays_finished(tmp_path, caplog):
     def stopped(epochs):
         early = keras.callbacks.EarlyStopping("loss", patience=1, min_delta=1e9)
@@ -258,6 +262,7 @@ def test_what_early_stopping_ended_stays_finished(tmp_path, caplog):
     assert len(more.history.history["loss"]) == 5
 
 
+@pytest.mark.slow
 def test_a_schedule_of_other_steps_is_refused_readably(tmp_path):
     def model(steps, wrap=lambda x: x):
         adam = keras.optimizers.Adam(WarmupThenDecay(1e-2, steps))
@@ -289,6 +294,7 @@ def test_differences_are_named_at_every_depth():
     ]
 
 
+@pytest.mark.slow
 def test_going_on_from_an_older_backup_leaves_the_newer_ones(tmp_path):
     """Of the same directory: they are of another branch of the run."""
     expected = run(tmp_path, keep=9)
@@ -300,6 +306,7 @@ def test_going_on_from_an_older_backup_leaves_the_newer_ones(tmp_path):
 # --- Settings -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nested_names_are_no_settings(tmp_path):
     """Keras numbers the names of one process: here 'adam', 'adam_1', ..."""
 
@@ -322,6 +329,7 @@ class DatedPreprocessor(DPOPreprocessor):
     written_date = None
 
 
+@pytest.mark.slow
 def test_a_date_that_the_template_writes_is_named(tmp_path):
     def dated(date):
         preprocessor = DatedPreprocessor()
@@ -427,6 +435,7 @@ def test_averaged_weights_after_a_limit(swap, limit, tmp_path):
     check_same(start(tmp_path, 7), start(None, 7))
 
 
+@pytest.mark.slow
 def test_the_same_swap_callback_goes_on(tmp_path):
     """It remembers that weights are swapped; a backup's are not."""
     expected, callbacks = averaging(True)
@@ -441,6 +450,7 @@ def test_the_same_swap_callback_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["keras", "auto"])
+@pytest.mark.slow
 def test_validation_on_the_training_pairs_sees_them_all(attention, tmp_path):
     """Also in the epoch that a run went on inside of."""
 
@@ -465,6 +475,7 @@ def test_validation_on_the_training_pairs_sees_them_all(attention, tmp_path):
 # --- Two runs into one directory ----------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_backups(tmp_path):
     """A second one, in another thread, while the first is at work."""
     told = []

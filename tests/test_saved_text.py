@@ -125,6 +125,7 @@ DATED = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_another_day_keeps_its_date(tmp_path):
     """Its prompts, and so its pairs, are those that it began with."""
     policy = tiny_policy(layers=1)

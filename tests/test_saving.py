@@ -35,6 +35,7 @@ def lora_policy():
 
 
 @pytest.mark.parametrize("make", [tiny_policy, lora_policy])
+@pytest.mark.slow
 def test_a_saved_model_goes_on_as_if_never_saved(make, tmp_path):
     model = trained(make())
     scores = model.predict(data(), verbose=0)
@@ -98,6 +99,7 @@ def test_another_model_as_reference_is_saved(tmp_path):
         losses.BetaDPO(alpha=0.5),
     ],
 )
+@pytest.mark.slow
 def test_losses_survive(loss, tmp_path):
     model = trained(tiny_policy(), loss=loss)
     model.save(tmp_path / "model.keras")
@@ -131,6 +133,7 @@ def test_preprocessor_with_its_tokenizer_survives(tmp_path):
     assert again.tokenize([record]) == preprocessor.tokenize([record])
 
 
+@pytest.mark.slow
 def test_partly_frozen_policy_survives(tmp_path):
     policy = tiny_policy()
     policy.backbone.token_embedding.trainable = False

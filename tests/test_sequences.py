@@ -140,6 +140,7 @@ def test_a_failed_first_batch_is_no_training():
     assert model.evaluate(data(seed=7), verbose=0)[0] == pytest.approx(LN2)
 
 
+@pytest.mark.slow
 def test_another_rate_after_training_needs_no_self_check():
     model = compiled()
     model.fit(data(), epochs=2, verbose=0)
@@ -251,6 +252,7 @@ def test_weights_without_a_reference_bring_their_own_beginning(tmp_path):
         compiled().load_weights(tmp_path / "old.weights.h5")
 
 
+@pytest.mark.slow
 def test_lora_alpha_is_part_of_a_policy(tmp_path):
     model = compiled(lora_policy(alpha=16))
     expected = scores_of(model, data())
@@ -322,6 +324,7 @@ def test_weights_of_another_alpha_are_refused(tmp_path):
         compiled(lora_policy()).load_weights(tmp_path / "m.weights.h5")
 
 
+@pytest.mark.slow
 def test_a_backup_of_another_alpha_is_refused(tmp_path):
     def fit(alpha):
         backup = keras_dpo.callbacks.TrainingBackup(tmp_path, every=1)
@@ -410,6 +413,7 @@ def copy_of(policy):
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("reference", ["initial", "model", "precomputed"])
+@pytest.mark.slow
 def test_three_rounds_each_begin_at_ln_2(reference, lora, place, tmp_path):
     """Train; the trained policy is the next reference; other pairs; again."""
     policy = lora_policy() if lora else tiny_policy(layers=1)

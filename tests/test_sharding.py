@@ -196,6 +196,7 @@ print("RESULT" + json.dumps([found, split,
 
 
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
+@pytest.mark.slow
 def test_a_step_holds_no_collective_it_does_not_need(kind):
     """Whole copies: gradients and means are summed, nothing else moves.
 

@@ -81,6 +81,7 @@ def steps_of(path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "scaled", "several"])
+@pytest.mark.slow
 def test_steps_are_updates(kind, tmp_path, caplog):
     """10 batches, 5 updates; the third ends in the second epoch."""
     caplog.set_level("INFO", "keras_dpo")
@@ -150,6 +151,7 @@ def test_a_limit_is_of_updates(kind, steps):
 
 
 @pytest.mark.parametrize("accumulated", [None, ACCUMULATED])
+@pytest.mark.slow
 def test_skipped_updates_are_none(accumulated, tmp_path):
     """And a run that goes on counts as the straight one does."""
 
@@ -204,6 +206,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("batches", [3, 5, 7])
+@pytest.mark.slow
 def test_a_run_goes_on_inside_an_accumulation(batches, tmp_path):
     """After 3 of 5 batches, at an epoch's end with one left over, after 7."""
 
@@ -234,6 +237,7 @@ def test_a_run_goes_on_inside_an_accumulation(batches, tmp_path):
     assert records(tmp_path / "b.jsonl") == records(tmp_path / "a.jsonl")
 
 
+@pytest.mark.slow
 def test_a_finished_run_keeps_gradients_left_over(tmp_path):
     """The last batch of 5 is no update; the next epoch's first makes it one."""
 

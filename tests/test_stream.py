@@ -127,6 +127,7 @@ def fit(source, directory=None, stop=None, **options):
 
 
 @pytest.mark.parametrize("kind", ["hugging face", "tf.data", "grain", "own"])
+@pytest.mark.slow
 def test_sources_train_by_steps(kind):
     """Two epochs of eleven steps: the source is read once and a half."""
     losses, _ = fit(sources()[kind])
@@ -140,6 +141,7 @@ def random_pairs_again():
 
 
 @pytest.mark.parametrize("options", [{}, {"packing": False}])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_bits(options, tmp_path):
     expected = fit(Source(random_pairs(30)), **options)
 
@@ -223,6 +225,7 @@ def test_later_windows_are_checked():
         model.fit(Source(rows), batch_size=2, steps_per_epoch=12, verbose=0)
 
 
+@pytest.mark.slow
 def test_a_config_streams(tmp_path):
     """Steps are shared by the epochs; validation is read as a whole."""
     keras_dpo.save_policy(tiny_policy(), tmp_path / "preset")

@@ -161,6 +161,7 @@ def test_state_is_kept_every_so_often_and_thinned(tmp_path):
     assert found == [8, 9]
 
 
+@pytest.mark.slow
 def test_history_and_early_stopping_go_on(tmp_path):
     def stopper():
         return keras.callbacks.EarlyStopping("val_loss", patience=10)
@@ -185,6 +186,7 @@ def test_history_and_early_stopping_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.slow
 def test_a_backup_at_an_epoch_s_end_holds_its_history(own, tmp_path):
     """A run that is killed before the next epoch's first backup."""
 
@@ -205,6 +207,7 @@ def test_a_backup_at_an_epoch_s_end_holds_its_history(own, tmp_path):
     assert history(tmp_path / "b") == expected
 
 
+@pytest.mark.slow
 def test_metrics_file_has_every_step_once(tmp_path):
     def train(directory, *more):
         metrics = MetricsFile(directory / "metrics.jsonl", every=1)
@@ -229,6 +232,7 @@ def test_metrics_file_has_every_step_once(tmp_path):
     assert records(tmp_path / "b") == records(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_batches_are_numbered_from_the_middle(tmp_path):
     """Callbacks see the epoch's own batch numbers, and no warning."""
 
@@ -261,6 +265,7 @@ def test_keras_still_counts_batches_once(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_and_more_epochs_go_on(
     tmp_path, caplog
 ):
@@ -305,6 +310,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path, change, match):
         )
 
 
+@pytest.mark.slow
 def test_another_base_under_lora_is_refused(tmp_path):
     def lora(seed):
         policy = tiny_policy(seed=seed)
@@ -318,6 +324,7 @@ def test_another_base_under_lora_is_refused(tmp_path):
         run(tmp_path, model=lora(1))
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_not_written(tmp_path):
     def size(directory):
         return sum(
@@ -333,6 +340,7 @@ def test_frozen_weights_are_not_written(tmp_path):
     assert size(tmp_path / "lora") < 0.6 * size(tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_never_moves_earlier_backups_aside(tmp_path):
     run(tmp_path / "b", epochs=1)
     run(tmp_path / "b", epochs=1, resume="never")
@@ -340,6 +348,7 @@ def test_never_moves_earlier_backups_aside(tmp_path):
     assert (tmp_path / "b" / "3").is_dir()
 
 
+@pytest.mark.slow
 def test_a_named_backup_is_gone_on_from(tmp_path):
     expected = run(tmp_path / "a", every=1, keep=10)
     found = run(tmp_path / "b", resume=tmp_path / "a" / "2")
@@ -353,6 +362,7 @@ def test_a_named_backup_is_gone_on_from(tmp_path):
         run(tmp_path / "c", resume=tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_a_damaged_backup_is_an_error_with_the_way_out(tmp_path):
     run(tmp_path, epochs=2, every=3)
     newest = max(tmp_path.glob("[0-9]*"), key=lambda p: int(p.name))
@@ -386,6 +396,7 @@ def test_best_weights_are_not_promised(tmp_path):
         run(tmp_path, callbacks=[early])
 
 
+@pytest.mark.slow
 def test_sync_reference_comes_back(tmp_path):
     def train(directory, *more):
         return run(

@@ -104,6 +104,7 @@ def test_sixteen_bit_inputs_accumulate_in_float32(small_chunks):
         )
 
 
+@pytest.mark.slow
 def test_a_quantized_embedding_goes_through_its_layer(small_chunks):
     layer = embedding(trainable=False)
     layer.quantize("int8")
