@@ -10,7 +10,7 @@ os.environ["KERAS_BACKEND"] = "jax"  # before Keras is imported
 import keras
 
 import keras_dpo
-from keras_dpo import demo
+from keras_dpo.runs import demo
 
 
 @keras.saving.register_keras_serializable(package="examples")

@@ -27,13 +27,13 @@ if keras.config.backend() != "jax":
 
 from keras_dpo import data  # noqa: E402, I001  (the preprocessor needs it)
 from keras_dpo import callbacks, distribution, losses  # noqa: E402
-from keras_dpo.config import DPOConfig  # noqa: E402
+from keras_dpo.runs.config import DPOConfig  # noqa: E402
 from keras_dpo.data.dataset import PreferenceDataset  # noqa: E402
-from keras_dpo.dpo_model import DPOModel  # noqa: E402
-from keras_dpo.generation import generate  # noqa: E402
-from keras_dpo.preprocessor import DPOPreprocessor  # noqa: E402
-from keras_dpo.presets import load_policy, save_policy  # noqa: E402
-from keras_dpo.train import train  # noqa: E402
+from keras_dpo.training.dpo_model import DPOModel  # noqa: E402
+from keras_dpo.policies.generation import generate  # noqa: E402
+from keras_dpo.data.preprocessor import DPOPreprocessor  # noqa: E402
+from keras_dpo.policies.presets import load_policy, save_policy  # noqa: E402
+from keras_dpo.runs.train import train  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -17,9 +17,9 @@ from keras_dpo.callbacks import (
     ReferenceSync,
     WandbLogger,
 )
-from keras_dpo.preprocessor import DPOPreprocessor
-from keras_dpo.schedules import WarmupThenDecay
-from keras_dpo.tokenizers import TextTokenizer
+from keras_dpo.data.preprocessor import DPOPreprocessor
+from keras_dpo.data.tokenizers import TextTokenizer
+from keras_dpo.runs.schedules import WarmupThenDecay
 
 
 def data(count=12, batch_size=4, **options):
@@ -243,7 +243,7 @@ def test_own_callbacks_act_in_the_training_thread_alone(tmp_path):
 
 
 def test_stop_after_stops_after():
-    from keras_dpo.train import StopAfter
+    from keras_dpo.runs.train import StopAfter
 
     model = model_of()
     model.fit(data(40, 4), epochs=3, verbose=0, callbacks=[StopAfter(12)])
@@ -252,7 +252,7 @@ def test_stop_after_stops_after():
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
     from keras_dpo.callbacks import WandbLogger
-    from keras_dpo.train import wandb_run_id
+    from keras_dpo.runs.train import wandb_run_id
 
     first = wandb_run_id(tmp_path, goes_on=False)
     assert wandb_run_id(tmp_path, goes_on=True) == first

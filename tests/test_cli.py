@@ -10,7 +10,7 @@ import yaml
 from conftest import PAIRS, environment, random_pairs, tiny_policy
 
 import keras_dpo
-from keras_dpo import cli
+from keras_dpo.runs import cli
 
 
 def call(*arguments, capsys):

@@ -10,8 +10,8 @@ import pytest
 from templates import HERMES, LLAMA31, QWEN3
 
 from keras_dpo import DPOConfig, DPOPreprocessor, PreferenceDataset
-from keras_dpo.chat_templates import TEMPLATES
-from keras_dpo.train import make_preprocessor, sample_prompts
+from keras_dpo.data.chat_templates import TEMPLATES
+from keras_dpo.runs.train import make_preprocessor, sample_prompts
 
 SPECIAL = [
     "<pad>",
@@ -629,7 +629,7 @@ def test_a_developer_s_text_stays_when_a_prompt_is_cut(tokenizer):
 
 
 def test_extras_are_not_shared():
-    from keras_dpo.preprocessor import Tokenized
+    from keras_dpo.data.preprocessor import Tokenized
 
     with pytest.raises(TypeError):
         Tokenized([1], [2], [3]).extras["weight"] = 2.0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keras_dpo.demo import make_questions, run_demo
+from keras_dpo.runs.demo import make_questions, run_demo
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from conftest import ORACLE, ROOT, random_pairs, tiny_policy, values_of
 
 import keras_dpo
 from keras_dpo import DPOModel, PreferenceDataset, losses
-from keras_dpo.checks import check_first_batch, steps_done
+from keras_dpo.training.checks import check_first_batch, steps_done
 
 LN2 = float(np.log(2))
 
@@ -219,7 +219,7 @@ def test_accumulation_memory_follows_the_micro_batch():
 
 
 def test_schedule_counts_updates_not_micro_batches():
-    schedule = keras_dpo.schedules.WarmupThenDecay(1e-2, 4)
+    schedule = keras_dpo.runs.schedules.WarmupThenDecay(1e-2, 4)
     model = DPOModel(tiny_policy())
     model.compile(
         optimizer=keras.optimizers.SGD(schedule), gradient_accumulation_steps=4

@@ -192,7 +192,9 @@ def test_what_cannot_be_is_told():
 def test_layers_are_computed_again_where_memory_is_short(monkeypatch):
     records = random_pairs(4)
     for free, expected in ((1e12, False), (1e4, True)):
-        monkeypatch.setattr(keras_dpo.memory, "free_memory", lambda f=free: f)
+        monkeypatch.setattr(
+            keras_dpo.training.memory, "free_memory", lambda f=free: f
+        )
         model = DPOModel(tiny_policy())
         model.compile()
         model.fit(records, batch_size=4, verbose=0)

@@ -8,8 +8,8 @@ from test_callbacks import NumberTokenizer
 
 from keras_dpo import DPOModel, DPOPreprocessor, PreferenceDataset, generate
 from keras_dpo.callbacks import GenerationSamples
-from keras_dpo.generation import generate_ids
-from keras_dpo.positions import num_positions
+from keras_dpo.policies.generation import generate_ids
+from keras_dpo.policies.positions import num_positions
 
 POSITIONS = 32
 

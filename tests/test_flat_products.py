@@ -13,8 +13,8 @@ from test_log_probs import make
 from test_packed_backbone import CASES
 
 from keras_dpo import DPOModel
-from keras_dpo.compilation import compiler_options
-from keras_dpo.flat_products import product, transposed
+from keras_dpo.compat.compilation import compiler_options
+from keras_dpo.scoring.flat_products import product, transposed
 
 # By hand: KERAS_DPO_ALL_FAMILIES=1.
 FAMILIES = ["Gemma2, soft caps, sliding window"]

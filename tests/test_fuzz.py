@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_callbacks import NumberTokenizer
 
 from keras_dpo import DPOConfig, DPOModel, PreferenceDataset
-from keras_dpo.cli import main
 from keras_dpo.data import read_rows
+from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.errors import UserError
-from keras_dpo.preprocessor import DPOPreprocessor
+from keras_dpo.runs.cli import main
 
 TRIES = int(os.environ.get("KERAS_DPO_FUZZ", 100))
 LIMITS = settings(
@@ -237,7 +237,7 @@ def test_model_names_stay_inside_the_directory(name):
     ],
 )
 def test_templates_cannot_reach_out(template):
-    from keras_dpo.chat_templates import render
+    from keras_dpo.data.chat_templates import render
 
     conversation = [{"role": "user", "content": "x"}]
     with pytest.raises((ValueError, OverflowError)) as error:

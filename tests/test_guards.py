@@ -17,7 +17,7 @@ from keras_dpo.callbacks import (
     StuckLossGuard,
     TrainingBackup,
 )
-from keras_dpo.report import write_report
+from keras_dpo.runs.report import write_report
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import pickle
 import pytest
 
 from keras_dpo import DPOConfig, chat_templates, load_policy
-from keras_dpo.tokenizers import HuggingFaceTokenizer
-from keras_dpo.train import train
+from keras_dpo.data.tokenizers import HuggingFaceTokenizer
+from keras_dpo.runs.train import train
 
 CONFIG = {
     "model_type": "llama",

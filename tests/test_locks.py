@@ -12,14 +12,14 @@ import filelock
 import pytest
 from conftest import environment
 
-from keras_dpo import locks
+from keras_dpo.distribution import locks
+from keras_dpo.distribution.locks import locked
 from keras_dpo.errors import UserError
-from keras_dpo.files import write_beside
-from keras_dpo.locks import locked
+from keras_dpo.utils.files import write_beside
 
 HOLD = """
 import sys, time
-from keras_dpo.locks import locked
+from keras_dpo.distribution.locks import locked
 with locked(sys.argv[1], "Training"):
     print("held", flush=True)
     sys.stdin.readline()
@@ -27,7 +27,7 @@ print("left", flush=True)
 """
 TAKE = """
 import sys
-from keras_dpo.locks import locked
+from keras_dpo.distribution.locks import locked
 with locked(sys.argv[1], "Training", wait=sys.argv[2] == "wait"):
     print("held", flush=True)
 """

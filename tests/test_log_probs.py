@@ -8,14 +8,14 @@ import pytest
 from conftest import ROOT, VOCABULARY, random_pairs, tiny_policy
 
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.log_probs import (
+from keras_dpo.scoring.log_probs import (
     SPLIT_FAMILIES,
     can_split_head,
     completion_mask,
     completion_statistics,
 )
-from keras_dpo.packed_backbone import PACKED_FAMILIES
-from keras_dpo.vocabulary_head import token_statistics
+from keras_dpo.scoring.packed_backbone import PACKED_FAMILIES
+from keras_dpo.scoring.vocabulary_head import token_statistics
 
 COMMON = {"vocabulary_size": VOCABULARY, "num_layers": 2}
 GROUPED = {

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, environment, random_pairs, tiny_policy
 
 from keras_dpo import DPOConfig, DPOModel
-from keras_dpo.memory import extrapolate, kept_by_layers
-from keras_dpo.train import plan
+from keras_dpo.runs.train import plan
+from keras_dpo.training.memory import extrapolate, kept_by_layers
 
 
 def report(layers=2, lora=False, **options):
@@ -118,7 +118,7 @@ MESH_PLAN = """
 import sys
 from keras_dpo import DPOConfig
 from keras_dpo.losses import LOSSES
-from keras_dpo.train import plan
+from keras_dpo.runs.train import plan
 for name in sorted(set(LOSSES) - {"sft"}):
     DPOConfig(loss_type=name + ",sft")
 from jax._src import xla_bridge
@@ -163,7 +163,7 @@ SECOND_START = """
 import sys, logging
 import jax
 from conftest import random_pairs, tiny_policy  # Sets a cache of its own.
-from keras_dpo.compilation import keep_compiled
+from keras_dpo.compat.compilation import keep_compiled
 keep_compiled({cache!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -12,8 +12,8 @@ from test_log_probs import FAMILIES, make
 
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import Packing
-from keras_dpo.log_probs import completion_mask, completion_statistics
-from keras_dpo.packed_backbone import PACKED_FAMILIES, layer_settings
+from keras_dpo.scoring.log_probs import completion_mask, completion_statistics
+from keras_dpo.scoring.packed_backbone import PACKED_FAMILIES, layer_settings
 
 CASES = [case for case in FAMILIES if FAMILIES[case][0] in PACKED_FAMILIES]
 LAYOUTS = {

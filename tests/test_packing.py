@@ -8,15 +8,14 @@ from conftest import random_pairs
 
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import (
-    BLOCK,
     COMPILATION,
     Packing,
     choose_lengths,
     deal,
     pack_batch,
-    round_up,
 )
-from keras_dpo.distribution import BatchShare
+from keras_dpo.distribution.processes import BatchShare
+from keras_dpo.utils.arrays import BLOCK, round_up
 
 
 def dataset(count=90, batch_size=4, **options):

@@ -12,8 +12,8 @@ from chat_tokenizer import make_chat_tokenizer
 from conftest import PAIRS, random_pairs
 
 from keras_dpo import DPOPreprocessor, PreferenceDataset
-from keras_dpo.chat_templates import LLAMA3, TEMPLATES, render
 from keras_dpo.data.audit import audit, render_pair
+from keras_dpo.data.chat_templates import LLAMA3, TEMPLATES, render
 
 USER = {"role": "user", "content": "What is two plus two?"}
 RECORD = {

@@ -11,7 +11,11 @@ from chat_tokenizer import save_chat_preset
 from conftest import ORACLE
 
 from keras_dpo import DPOPreprocessor, generate, load_policy, save_policy
-from keras_dpo.presets import count_layers, load_outline, load_tokenizer
+from keras_dpo.policies.presets import (
+    count_layers,
+    load_outline,
+    load_tokenizer,
+)
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 

@@ -1,6 +1,6 @@
 """What no file, W&B or report may hold."""
 
-from keras_dpo.redaction import without_secrets
+from keras_dpo.utils.redaction import without_secrets
 
 
 def test_secrets_are_hidden_wherever_they_stand(monkeypatch):

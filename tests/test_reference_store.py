@@ -14,8 +14,8 @@ import pytest
 from conftest import environment, random_pairs, tiny_policy
 
 from keras_dpo import DPOModel, PreferenceDataset
-from keras_dpo import reference_store as store_module
-from keras_dpo.reference_store import ReferenceStore
+from keras_dpo.references import store as store_module
+from keras_dpo.references.store import ReferenceStore
 
 
 def compiled(policy, **options):

@@ -10,9 +10,9 @@ from conftest import random_pairs, tiny_policy, values_of
 
 from keras_dpo import DPOModel, DPOPreprocessor, PreferenceDataset
 from keras_dpo.callbacks import MetricsFile, TrainingBackup
-from keras_dpo.callbacks.stop_after import StopAfter
-from keras_dpo.schedules import WarmupThenDecay
-from keras_dpo.training_state import differences
+from keras_dpo.runs.schedules import WarmupThenDecay
+from keras_dpo.training.state import differences
+from keras_dpo.training.stop_after import StopAfter
 
 
 @pytest.fixture(autouse=True)
@@ -506,9 +506,9 @@ def test_two_runs_do_not_share_backups(tmp_path):
 
 
 def test_the_run_s_directory_is_locked(tmp_path):
-    from keras_dpo.config import DPOConfig
-    from keras_dpo.locks import locked
-    from keras_dpo.train import train
+    from keras_dpo.distribution.locks import locked
+    from keras_dpo.runs.config import DPOConfig
+    from keras_dpo.runs.train import train
 
     config = DPOConfig(
         repo_id="nothing",

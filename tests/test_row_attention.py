@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keras_dpo.data.packing import BLOCK, Packing, pack_batch, visible_blocks
-from keras_dpo.preprocessor import Tokenized
-from keras_dpo.row_attention import Row, Settings, attend_in_blocks
+from keras_dpo.data.packing import Packing, pack_batch, visible_blocks
+from keras_dpo.data.preprocessor import Tokenized
+from keras_dpo.scoring.row_attention import Row, Settings, attend_in_blocks
+from keras_dpo.utils.arrays import BLOCK
 
 GROUPS, QUERIES, HEAD = 2, 3, 8
 

@@ -11,10 +11,10 @@ from conftest import random_pairs, tiny_policy
 
 import keras_dpo
 from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor, PreferenceDataset
-from keras_dpo.chat_templates import TEMPLATES
-from keras_dpo.config import LOSS_OPTIONS
+from keras_dpo.data.chat_templates import TEMPLATES
 from keras_dpo.errors import UserError
-from keras_dpo.train import make_preprocessor_alone, with_date_of_run
+from keras_dpo.runs.config import LOSS_OPTIONS
+from keras_dpo.runs.train import make_preprocessor_alone, with_date_of_run
 
 TURNS = [{"role": "user", "content": "a b"}]
 

@@ -67,7 +67,7 @@ def test_weights_files(make, tmp_path):
 
 
 def test_keras_still_merges_lora_into_weights_files(tmp_path):
-    """When this fails, `keras_dpo.lora.StoredState` can go."""
+    """When this fails, `keras_dpo.policies.lora.StoredState` can go."""
     policy = lora_policy()
     for variable in policy.trainable_variables:
         variable.assign(np.ones(variable.shape))

@@ -12,7 +12,7 @@ import pytest
 from conftest import on_eight_devices, tiny_policy
 
 from keras_dpo import DPOConfig, DPOModel
-from keras_dpo.sharding import MeshDistribution, parse_mesh
+from keras_dpo.distribution.sharding import MeshDistribution, parse_mesh
 
 # In CI; `KERAS_DPO_ALL_FAMILIES=1` for all that run in rows.
 CASES = ["Gemma3, sliding window", "Phi3"]
@@ -175,7 +175,7 @@ keras_dpo.distribution.set_mesh(
     "data=8", shard_parameters=sys.argv[1] == "sharded")
 import jax, keras
 from conftest import random_pairs, tiny_policy
-from keras_dpo.memory import _shapes, longest_batch
+from keras_dpo.training.memory import _shapes, longest_batch
 model = keras_dpo.DPOModel(tiny_policy(tied=False), "precomputed")
 model.compile(keras.optimizers.Adam(1e-2))
 data = keras_dpo.PreferenceDataset(

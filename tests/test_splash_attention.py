@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keras_dpo import packed_backbone
-from keras_dpo.row_attention import Settings, attend_in_sequences
-from keras_dpo.splash_attention import splash_attention
+from keras_dpo.scoring import packed_backbone
+from keras_dpo.scoring.row_attention import Settings, attend_in_sequences
+from keras_dpo.scoring.splash_attention import splash_attention
 
 SEQUENCES, TOKENS, HEADS, GROUPS, HEAD = 3, 192, 4, 2, 64
 LENGTHS = np.array([192, 130, 5])

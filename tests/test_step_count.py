@@ -19,8 +19,8 @@ from keras_dpo.callbacks import (
     StuckLossGuard,
     TrainingBackup,
 )
-from keras_dpo.callbacks.stop_after import StopAfter
-from keras_dpo.preprocessor import DPOPreprocessor
+from keras_dpo.data.preprocessor import DPOPreprocessor
+from keras_dpo.training.stop_after import StopAfter
 
 # Five batches an epoch, of which one is left over.
 ACCUMULATED = 2

@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 from conftest import environment
 
-from keras_dpo import chat_templates
-from keras_dpo.time_limit import run_within
+from keras_dpo.data import chat_templates
+from keras_dpo.utils.time_limit import run_within
 
 LOOP = (
     3 * "{% for a in range(99999) %}" + "{% set b = a %}" + 3 * "{% endfor %}"
@@ -148,7 +148,7 @@ def test_a_limit_costs_little():
 
 FORK = """
 import os
-from keras_dpo.time_limit import run_within
+from keras_dpo.utils.time_limit import run_within
 
 def forever():
     while True:

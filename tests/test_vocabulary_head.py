@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dpo import vocabulary_head
-from keras_dpo.vocabulary_head import (
+from keras_dpo.scoring import vocabulary_head
+from keras_dpo.scoring.vocabulary_head import (
     chunked_statistics,
     head_logits,
     token_statistics,

@@ -17,8 +17,8 @@ import keras_dpo  # isort: skip
 import keras
 import numpy as np
 
-from keras_dpo.reference_store import hash_weights
-from keras_dpo.schedules import WarmupThenDecay
+from keras_dpo.references.store import hash_weights
+from keras_dpo.runs.schedules import WarmupThenDecay
 
 
 class Tell(keras.callbacks.Callback):

@@ -1,6 +1,5 @@
 """Keras callbacks for preference training."""
 
-from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.callbacks.generation_samples import GenerationSamples
 from keras_dpo.callbacks.nan_guard import NaNGuard
 from keras_dpo.callbacks.policy_checkpoint import PolicyCheckpoint
@@ -13,6 +12,7 @@ from keras_dpo.callbacks.reward_guards import (
 from keras_dpo.callbacks.step_logger import MetricsFile, StepLogger
 from keras_dpo.callbacks.training_backup import TrainingBackup
 from keras_dpo.callbacks.wandb_logger import WandbLogger
+from keras_dpo.training.after_step import AfterStep
 
 __all__ = [
     "AfterStep",

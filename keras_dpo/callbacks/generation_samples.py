@@ -5,11 +5,11 @@ from typing import Any
 
 import keras
 
-from keras_dpo.callbacks.after_step import AfterStep
-from keras_dpo.generation import generate_each, is_one_prompt
-from keras_dpo.messages import say
-from keras_dpo.preprocessor import DPOPreprocessor, Prompt
-from keras_dpo.reference import ModelReference, SnapshotReference
+from keras_dpo.data.preprocessor import DPOPreprocessor, Prompt
+from keras_dpo.policies.generation import generate_each, is_one_prompt
+from keras_dpo.references.base import ModelReference, SnapshotReference
+from keras_dpo.training.after_step import AfterStep
+from keras_dpo.utils.messages import say
 
 Samples = list[dict[str, str]]
 

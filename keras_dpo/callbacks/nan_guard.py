@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.files import write_beside
+from keras_dpo.training.after_step import AfterStep
+from keras_dpo.utils.files import write_beside
 
 # Of a weight, a margin or a stored log-prob, in nats.
 EXTREME = 1e6
@@ -38,7 +38,7 @@ class NaNGuard(AfterStep):
         self._dataset: PreferenceDataset | None = None
         self._begin_epoch(0)
 
-    def watch(self, dataset: PreferenceDataset) -> None:
+    def before_fit(self, dataset: PreferenceDataset) -> None:
         """`fit` tells which pairs are trained on."""
         self._dataset = dataset
 

@@ -3,8 +3,8 @@
 import os
 import pathlib
 
-from keras_dpo.callbacks.after_step import AfterStep
-from keras_dpo.presets import save_policy
+from keras_dpo.policies.presets import save_policy
+from keras_dpo.training.after_step import AfterStep
 
 
 class PolicyCheckpoint(AfterStep):

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from keras_dpo.callbacks.after_step import AfterStep
 from keras_dpo.errors import UserError
+from keras_dpo.training.after_step import AfterStep
 
 
 class ReferenceSync(AfterStep):
@@ -43,6 +43,9 @@ class ReferenceSync(AfterStep):
             raise UserError(f"`alpha` must be in (0, 1]. Received: {alpha!r}.")
         self.every = every
         self.alpha = alpha
+
+    def resume_settings(self) -> Any:
+        return [self.every, self.alpha]
 
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)

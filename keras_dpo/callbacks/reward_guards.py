@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from keras_dpo.callbacks.step_logger import StepLogger
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.messages import say
-from keras_dpo.reference import (
+from keras_dpo.references.base import (
     NoReference,
     SnapshotReference,
     vocabulary_size,
 )
+from keras_dpo.utils.messages import say
 
 # Nats between policy and reference over a whole completion, on average: what
 # a hundred steps of a sensible learning rate leave far behind.
@@ -171,8 +171,7 @@ class CollapseGuard(StepLogger):
         super().__init__(every)
         self._dataset: PreferenceDataset | None = None
 
-    def watch(self, dataset: PreferenceDataset) -> None:
-        """`fit` tells which pairs are trained on."""
+    def before_fit(self, dataset: PreferenceDataset) -> None:
         self._dataset = dataset
 
     def write(self, record: dict[str, Any]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_dpo.callbacks.after_step import AfterStep
-from keras_dpo.distribution import is_main_process
+from keras_dpo.distribution.processes import is_main_process
 from keras_dpo.errors import UserError
-from keras_dpo.files import write_beside
+from keras_dpo.training.after_step import AfterStep
+from keras_dpo.utils.files import write_beside
 
 
 class StepLogger(AfterStep):

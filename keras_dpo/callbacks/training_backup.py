@@ -6,16 +6,23 @@ import os
 import pathlib
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
-from keras_dpo import training_state
-from keras_dpo.backups import (
+from keras_dpo.compat.ema_swaps import EMASwaps
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.distribution.locks import LOCK_FILE, locked
+from keras_dpo.distribution.processes import is_main_process, wait_for_processes
+from keras_dpo.errors import UserError
+from keras_dpo.training import state as training_state
+from keras_dpo.training.after_step import UpdateCounter
+from keras_dpo.training.backups import (
+    Backup,
     EndOfRun,
+    Restored,
     all_finite,
     interval,
     name_beside,
@@ -25,16 +32,10 @@ from keras_dpo.backups import (
     why_ended,
     writing,
 )
-from keras_dpo.callbacks.after_step import AfterStep, UpdateCounter
-from keras_dpo.callbacks.stop_after import StopAfter
-from keras_dpo.compat.ema_swaps import EMASwaps
-from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.distribution import is_main_process, wait_for_processes
-from keras_dpo.errors import UserError
-from keras_dpo.files import write_beside
-from keras_dpo.locks import LOCK_FILE, locked
-from keras_dpo.messages import say
-from keras_dpo.training_state import Place
+from keras_dpo.training.state import Place
+from keras_dpo.training.stop_after import StopAfter
+from keras_dpo.utils.files import write_beside
+from keras_dpo.utils.messages import say
 
 # Says that the run came to its end.
 FINISHED = "finished.json"
@@ -42,20 +43,7 @@ FINISHED = "finished.json"
 PACE_STEPS = 10
 
 
-class Restored(NamedTuple):
-    """What a backup held beyond the variables that are assigned at once."""
-
-    place: Place
-    metrics: list[jax.Array]
-    # Such as the learning rate, which callbacks change.
-    scalars: list[tuple[keras.Variable, jax.Array]]
-    callbacks: list[list[Any]]
-    finished: bool
-    # Whether the policy of a finished run is the optimizer's average.
-    end_with_average: bool = True
-
-
-class TrainingBackup(AfterStep):
+class TrainingBackup(Backup):
     """Writes all of a run's state along the way; `fit` goes on from it.
 
     Policy (LoRA's own values), reference after syncs, optimizer, schedule,

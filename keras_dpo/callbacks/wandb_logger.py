@@ -3,8 +3,8 @@
 from typing import Any
 
 from keras_dpo.callbacks.step_logger import StepLogger
-from keras_dpo.distribution import is_main_process
-from keras_dpo.redaction import without_secrets
+from keras_dpo.distribution.processes import is_main_process
+from keras_dpo.utils.redaction import without_secrets
 
 
 class WandbLogger(StepLogger):

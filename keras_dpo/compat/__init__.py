@@ -1,1 +1,5 @@
-"""What reaches into the privates of Keras, Keras-Hub and JAX."""
+"""Whatever reaches into private parts of Keras, Keras-Hub or JAX.
+
+Imports `utils` alone; docs/architecture.md lists each work-around, why it is
+there, and the test that says when it can go.
+"""

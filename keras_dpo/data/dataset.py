@@ -2,34 +2,28 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_dpo.data.order import balanced_batches, batches_of_buckets
-from keras_dpo.data.packing import (
-    Packing,
-    choose_lengths,
-    pack_batch,
-    round_up,
-)
+from keras_dpo.data.packing import Packing, choose_lengths, pack_batch
 from keras_dpo.data.pairs import TokenizedPairs
+from keras_dpo.data.preprocessor import DPOPreprocessor, Tokenized
 from keras_dpo.data.reading import PairReader
 from keras_dpo.data.records import DataReport
 from keras_dpo.data.sources import open_rows
 from keras_dpo.data.values import Record
-from keras_dpo.distribution import (
+from keras_dpo.distribution.processes import (
     WHOLE_BATCH,
     BatchShare,
-    data_parallel_size,
     own_share,
 )
 from keras_dpo.errors import UserError
-from keras_dpo.messages import say
-from keras_dpo.positions import num_positions
-from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
+from keras_dpo.utils.arrays import round_up
+from keras_dpo.utils.messages import say
 
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -421,85 +415,12 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     # --- Checks -------------------------------------------------------------
 
-    def check_fits(self, model: Any, micro_batches: int = 1) -> None:
-        """Raise where this data cannot go through the model.
+    def check(self, raise_if_unfit: Callable[[Any], None]) -> None:
+        """Call a check with this dataset, which raises where it must.
 
-        Raises:
-            ValueError: A token id is beyond the embedding, the batch does not
-                divide, or the loss needs what the data lacks.
+        A stream calls it again with every window that training comes to.
         """
-        from keras_dpo.reference import PrecomputedReference, vocabulary_size
-
-        parts = micro_batches * data_parallel_size()
-        if self.batch_size % parts:
-            raise UserError(
-                "The batch must divide into micro-batches and devices. "
-                f"Received: batch_size={self.batch_size}, {micro_batches} "
-                f"accumulation steps x {data_parallel_size()} data-parallel "
-                f"devices. Use a multiple of {parts}."
-            )
-        self._check_positions(model)
-        vocabulary = vocabulary_size(model.policy)
-        tokenizer = self.preprocessor.tokenizer
-        if vocabulary is not None:
-            if tokenizer and tokenizer.vocabulary_size > vocabulary:
-                raise UserError(
-                    "The tokenizer is larger than the policy's embedding. "
-                    f"Received: {tokenizer.vocabulary_size} tokens, "
-                    f"{vocabulary} rows. Use the policy's own tokenizer."
-                )
-            largest = self.pairs.largest_ids
-            beyond = np.flatnonzero(largest >= vocabulary)
-            if len(beyond):
-                raise UserError(
-                    f"Row {self.report.rows[beyond[0]]} holds token id "
-                    f"{largest[beyond[0]]}, beyond the policy's vocabulary of "
-                    f"{vocabulary}."
-                )
-        loss = model.preference_loss
-        weights = np.nan_to_num(self.pairs.extra("weight"), nan=1.0)
-        if loss.sorts_pairs and (weights != 1).any():
-            raise UserError(
-                f"{type(loss).__name__} sorts the pairs of a batch, so "
-                "per-pair weights would go to the wrong pairs. Remove the "
-                "`weight` column or use another loss."
-            )
-        stored = isinstance(model.reference, PrecomputedReference)
-        by_token = {
-            "ld_alpha": loss.needs_token_log_probs,
-            "The metric kl": "kl" in model._optional_metrics,
-        }
-        for name, needed in by_token.items():
-            if stored and self.reference_is_summed and needed:
-                raise UserError(
-                    f"{name} needs reference log-probs of every token, and the "
-                    "data holds those of whole completions. Leave "
-                    f"{name.split()[-1]} out, or let the reference be computed."
-                )
-
-    def _check_positions(self, model: Any) -> None:
-        """Raise where a pair is longer than a model's table of positions."""
-        from keras_dpo.reference import ModelReference
-
-        models = [model.policy]
-        if isinstance(model.reference, ModelReference):
-            models.append(model.reference.model)
-        known = [x for x in map(num_positions, models) if x is not None]
-        lengths = self.pairs.sequence_lengths
-        longest = int(lengths.argmax())
-        padded = 0 if model.execution.in_rows else self.shapes[-1][0]
-        if known and lengths[longest] > min(known):
-            raise UserError(
-                f"Row {self.report.rows[longest]} has {lengths[longest]} "
-                f"tokens, and the model knows {min(known)} positions. Lower "
-                f"max_length to {min(known)}, or leave the row out."
-            )
-        if known and padded > min(known):
-            raise UserError(
-                "Rows must be padded to no more than the model's positions. "
-                f"Received: a bucket of {padded} tokens, {min(known)} "
-                f"positions. Pass buckets that end with {min(known)}."
-            )
+        raise_if_unfit(self)
 
 
 def _sides(pair: Tokenized) -> list[tuple[int, list[int], Any]]:

@@ -12,14 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_dpo.data.pairs import lengths_of
-from keras_dpo.preprocessor import Tokenized
+from keras_dpo.data.preprocessor import Tokenized
+from keras_dpo.utils.arrays import BLOCK, SEGMENTS, round_up
 
-# Tokens of a block of attention; row lengths are multiples of it.
-BLOCK = 64
 # Rows that take about as long to compute as a row length takes to compile.
 COMPILATION = 4
-# A group's segments: 3 g its prompt, 3 g + 1 chosen, 3 g + 2 rejected.
-SEGMENTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +177,6 @@ def choose_lengths(totals: np.ndarray, most: int = 4) -> tuple[int, ...]:
             for i, size in enumerate(sizes)
         ]
     return best[-1][1]
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-int(number) // multiple) * multiple
 
 
 class _Segment(NamedTuple):

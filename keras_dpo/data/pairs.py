@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_dpo.compilation import cache_directory
+from keras_dpo.data.preprocessor import Tokenized
 from keras_dpo.data.records import EXTRA_FIELDS
-from keras_dpo.preprocessor import Tokenized
+from keras_dpo.utils.files import cache_directory
 
 # Bytes of token ids above which they are held in a file.
 HELD_IN_MEMORY = 2**26

@@ -9,16 +9,16 @@ import jax
 import keras
 
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.records import DataReport, each_record, settle_form
-from keras_dpo.data.sources import Rows
-from keras_dpo.data.values import Record
-from keras_dpo.distribution import of_all_processes
-from keras_dpo.errors import UserError
-from keras_dpo.preprocessor import (
+from keras_dpo.data.preprocessor import (
     RECORDS_AT_ONCE,
     DPOPreprocessor,
     Tokenized,
 )
+from keras_dpo.data.records import DataReport, each_record, settle_form
+from keras_dpo.data.sources import Rows
+from keras_dpo.data.values import Record
+from keras_dpo.distribution.processes import of_all_processes
+from keras_dpo.errors import UserError
 
 # Records that are kept as text, for samples and examples.
 RECORDS_KEPT = 1000

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from keras_dpo.data.dataset import (
@@ -12,11 +12,12 @@ from keras_dpo.data.dataset import (
     PreferenceDataset,
 )
 from keras_dpo.data.order import BALANCED_BATCHES
-from keras_dpo.data.packing import BLOCK, Packing, round_up
+from keras_dpo.data.packing import Packing
 from keras_dpo.data.pairs import TokenizedPairs
+from keras_dpo.data.preprocessor import DPOPreprocessor, Tokenized
 from keras_dpo.data.sources import has_length, open_rows
 from keras_dpo.errors import UserError
-from keras_dpo.preprocessor import DPOPreprocessor, Tokenized
+from keras_dpo.utils.arrays import BLOCK, round_up
 
 # A row that is longer than all before it takes the next length: each is a
 # compilation, and so much longer.
@@ -81,7 +82,8 @@ class PreferenceStream(PreferenceDataset):
             limits.max_length - (limits.max_prompt_length or 1)
         )
         self._window = 0
-        self._checked_for: Any = None
+        # Called with every window.
+        self._check: Callable[[Any], None] | None = None
         super().__init__(
             open_rows(source, split, streaming=True),
             limits,
@@ -120,8 +122,8 @@ class PreferenceStream(PreferenceDataset):
         if self.packing is not None:
             lengths = self.pairs.lengths
             self.packed_lengths = self.packing.pair_lengths(lengths)
-        if self._checked_for is not None:
-            super().check_fits(*self._checked_for)
+        if self._check is not None:
+            self._check(self)
 
     def _check_lengths(self, pairs: TokenizedPairs) -> None:
         """Raise where rows of token ids are over the limits."""
@@ -143,14 +145,10 @@ class PreferenceStream(PreferenceDataset):
                     f"{limit}. Raise it, or leave the row out."
                 )
 
-    def check_fits(self, model: Any, micro_batches: int = 1) -> None:
-        """Raise where this data cannot go through the model.
-
-        Every window is checked when training comes to it.
-        """
+    def check(self, raise_if_unfit: Callable[[Any], None]) -> None:
         self._enter(0)
-        super().check_fits(model, micro_batches)
-        self._checked_for = model, micro_batches
+        super().check(raise_if_unfit)
+        self._check = raise_if_unfit
 
     def packed(self, packing: Packing, epochs: int = 1) -> "PreferenceDataset":
         """The same pairs in rows, of lengths for what the limits allow."""

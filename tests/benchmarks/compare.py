@@ -29,7 +29,7 @@ def make_records(args, path):
 import json, os
 os.environ["KERAS_BACKEND"] = "jax"
 import keras_dpo
-from keras_dpo.presets import load_tokenizer
+from keras_dpo.policies.presets import load_tokenizer
 tokenizer = load_tokenizer({args.model!r})
 data = keras_dpo.PreferenceDataset({args.data!r}, keras_dpo.DPOPreprocessor(
     tokenizer, max_length={args.max_length},

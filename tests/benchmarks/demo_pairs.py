@@ -1,7 +1,7 @@
 """The records that the benchmarks of one process run on."""
 
 import keras_dpo
-from keras_dpo.presets import load_tokenizer
+from keras_dpo.policies.presets import load_tokenizer
 
 
 def add_arguments(parser):

@@ -21,8 +21,8 @@ import keras
 import numpy as np
 from demo_pairs import add_arguments, load_pairs
 
-from keras_dpo.compilation import compiler_options
-from keras_dpo.memory import longest_batch
+from keras_dpo.compat.compilation import compiler_options
+from keras_dpo.training.memory import longest_batch
 
 
 def time_products(model, tokens, scored):

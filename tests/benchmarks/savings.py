@@ -17,8 +17,8 @@ import keras_dpo  # isort: skip
 import keras
 from demo_pairs import add_arguments, load_pairs
 
-from keras_dpo.memory import extrapolate
-from keras_dpo.presets import count_layers, load_outline
+from keras_dpo.policies.presets import count_layers, load_outline
+from keras_dpo.training.memory import extrapolate
 
 SWITCHES = {
     "default": {},

@@ -1,0 +1,702 @@
+"""Records -> token ids, exactly as the model will see them at inference."""
+
+import datetime
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_dpo.data import chat_templates
+from keras_dpo.data.chat_templates import Messages
+from keras_dpo.data.control_tokens import StandIns
+from keras_dpo.data.conversations import (
+    Conversation,
+    Segment,
+    check_taken,
+    unread_fields,
+)
+from keras_dpo.data.records import EXTRA_FIELDS, ID_FIELDS
+from keras_dpo.data.tokenizers import (
+    HuggingFaceTokenizer,
+    TextTokenizer,
+    as_text_tokenizer,
+)
+from keras_dpo.data.values import SYSTEM_ROLES, Record
+from keras_dpo.errors import UserError
+
+RECORDS_AT_ONCE = 512
+# Variables of templates that the preprocessor itself sets.
+SET_BY_US = ("messages", "tools", "add_generation_prompt", "strftime_now")
+
+# A string, a conversation, or a mapping with `prompt` and `tools`.
+Prompt = str | Messages | Record
+
+
+class Tokenized(NamedTuple):
+    """One record as token ids.
+
+    Args:
+        prompt_ids: With BOS and the template's opening of the answer.
+        chosen_ids: With its end token, unless it was cut.
+        rejected_ids: Likewise.
+        chosen_scored: False where a user turn inside the completion stands;
+            None: all is scored.
+        rejected_scored: Likewise.
+        extras: weight, margin and reference log-probs, where given.
+        notes: What was done to it: names of counts.
+        dropped: Why it must be dropped, or None.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_scored: list[bool] | None = None
+    rejected_scored: list[bool] | None = None
+    extras: Mapping[str, float] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
+    dropped: str | None = None
+
+
+class DPOPreprocessor:
+    """Turns records of text, messages or ids into limited token ids.
+
+    Strings are taken as they are; message lists go through the chat template;
+    rows of ids go through untouched, whatever their length.
+
+    Args:
+        tokenizer: A Hugging Face fast tokenizer, a Keras-Hub tokenizer, or a
+            directory with a `tokenizer.json`. None: records hold ids already.
+        max_length: Tokens of prompt and completion together.
+        max_prompt_length: Tokens of the prompt; it is cut from the left, for
+            chats by whole turns. None: what `max_length` leaves.
+        max_completion_length: Tokens of a completion; it is cut from the
+            right and then has no end token. None: `max_length` less
+            `max_prompt_length`, or less the prompt's own length.
+        chat_template: `"auto"`, the tokenizer's own or its family's; the name
+            of one in `chat_templates.TEMPLATES`; or Jinja source.
+        on_overflow: `"truncate"`, `"drop"` or `"error"`, for what is longer
+            than the limits.
+        chat_template_kwargs: Further variables of the template, such as
+            `{"enable_thinking": False}`.
+        date: What templates that write the date are told, such as
+            `"2026-11-28"`. None: the day the preprocessor is made.
+
+    Raises:
+        ValueError: The limits contradict each other, or an option is unknown.
+
+    Example:
+
+    ```python
+    preprocessor = keras_dpo.DPOPreprocessor("path/to/model", max_length=1024)
+    model = keras_dpo.DPOModel(policy, preprocessor=preprocessor)
+    ```
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        max_length: int = 512,
+        max_prompt_length: int | None = 256,
+        max_completion_length: int | None = None,
+        chat_template: str | None = "auto",
+        on_overflow: str = "truncate",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
+    ) -> None:
+        limits = {
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "max_completion_length": max_completion_length,
+        }
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise UserError(
+                    f"`{name}` must be at least 1. Received: {limit!r}."
+                )
+        if (max_prompt_length or 1) >= max_length:
+            raise UserError(
+                "`max_prompt_length` must leave room for a completion. "
+                f"Received: max_prompt_length={max_prompt_length}, "
+                f"max_length={max_length}. Raise max_length."
+            )
+        if on_overflow not in ("truncate", "drop", "error"):
+            raise UserError(
+                "`on_overflow` must be 'truncate', 'drop' or 'error'. "
+                f"Received: {on_overflow!r}."
+            )
+        _check_template(chat_template, chat_template_kwargs)
+        self.tokenizer: TextTokenizer | None = (
+            None if tokenizer is None else as_text_tokenizer(tokenizer)
+        )
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
+        self.chat_template = chat_template
+        self.on_overflow = on_overflow
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.date = _iso_date(date)
+        # Only the template writes control ids.
+        tokens = {} if self.tokenizer is None else self.tokenizer.control_tokens
+        self._control_ids = set(tokens.values())
+        self._stand_ins = StandIns(tokens)
+
+    @classmethod
+    def from_policy(
+        cls, policy: keras.Model, **options: Any
+    ) -> "DPOPreprocessor":
+        """With the policy's own tokenizer, or none where it has none."""
+        tokenizer = getattr(policy, "_huggingface_tokenizer", None)
+        if tokenizer is None:
+            theirs = getattr(policy, "preprocessor", None)
+            tokenizer = getattr(theirs, "tokenizer", None)
+        own = dict(getattr(policy, "_chat_format", {}))
+        own.setdefault("family", chat_templates.family_template(policy))
+        trained: Any = getattr(policy, "_trained_with", None)
+        if trained is not None:
+            tokenizer = trained.tokenizer
+            own |= trained.chat_format
+        return cls.from_chat_format(tokenizer, own, **options)
+
+    @property
+    def chat_format(self) -> dict[str, Any]:
+        """What the tokenizer itself does not hold of how messages are written:
+        `chat_template` and `chat_template_kwargs`."""
+        found: dict[str, Any] = {}
+        if self.chat_template != "auto" and self.has_template():
+            found["chat_template"] = self.template
+        if self.chat_template_kwargs:
+            found["chat_template_kwargs"] = self.chat_template_kwargs
+        return found
+
+    def check_can_be_saved(self, policy: keras.Model) -> None:
+        """Raise where a config does not bring the tokenizer back."""
+        theirs = getattr(getattr(policy, "preprocessor", None), "tokenizer", 0)
+        own = getattr(self.tokenizer, "tokenizer", None)
+        is_hugging_face = isinstance(self.tokenizer, HuggingFaceTokenizer)
+        if self.tokenizer is not None and not is_hugging_face:
+            if own is not theirs:
+                raise UserError(
+                    "A Keras-Hub tokenizer is saved with the policy that it "
+                    "belongs to. Received: one that the policy's own "
+                    "preprocessor does not hold. Make the policy with it, or "
+                    "pass the model's tokenizer.json."
+                )
+
+    @classmethod
+    def from_chat_format(
+        cls, tokenizer: Any, own: Mapping[str, Any], **options: Any
+    ) -> "DPOPreprocessor":
+        """With a preset's own way to write messages, unless told otherwise.
+
+        Args:
+            tokenizer: As for the class; its own template comes first.
+            own: The preset's `chat_template` and `chat_template_kwargs`, where
+                it was trained with such, and the name of its `family`'s
+                template, which comes last.
+            **options: Further arguments of the class.
+        """
+        tokenizer = None if tokenizer is None else as_text_tokenizer(tokenizer)
+        if options.get("chat_template", "auto") == "auto" and tokenizer:
+            template = own.get("chat_template")
+            if template is None and tokenizer.chat_template is None:
+                template = own.get("family")
+            options["chat_template"] = template or "auto"
+        if options.get("chat_template_kwargs") is None:
+            options["chat_template_kwargs"] = own.get("chat_template_kwargs")
+        return cls(tokenizer, **options)
+
+    @property
+    def template(self) -> str:
+        """The Jinja source in use.
+
+        Raises:
+            ValueError: There is none.
+        """
+        choice = self.chat_template
+        if choice == "auto" and self.tokenizer is not None:
+            choice = self.tokenizer.chat_template
+        if choice is None or choice == "auto":
+            raise UserError(
+                "Messages need a chat template, and neither the tokenizer nor "
+                "its family has one. Pass chat_template=, one of "
+                f"{', '.join(chat_templates.TEMPLATES)} or Jinja source."
+            )
+        return chat_templates.TEMPLATES.get(choice, choice)
+
+    def describe_template(self) -> str:
+        """Which chat template is in use, in a few words."""
+        if not self.has_template():
+            return "none; message lists cannot be rendered"
+        if self.chat_template == "auto":
+            return "the tokenizer's own"
+        names = [
+            n for n, x in chat_templates.TEMPLATES.items() if self.template == x
+        ]
+        if names:
+            return names[0]
+        digest = hashlib.blake2b(self.template.encode(), digest_size=4)
+        return f"given as Jinja source (hash {digest.hexdigest()})"
+
+    def _template_for(self, tools: Any) -> str:
+        """The tokenizer's template for tools, where it has one apart."""
+        own = None if self.tokenizer is None else self.tokenizer.tool_template
+        if tools and own and self.chat_template == "auto":
+            return own
+        return self.template
+
+    @property
+    def written_date(self) -> str | None:
+        """The date, if the template in use writes it."""
+        if not self.has_template():
+            return None
+        in_use = self.template + self._template_for(True)
+        return self.date if chat_templates.writes_date(in_use) else None
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer: EOS, and the template's end of turn."""
+        tokenizer = self.need_tokenizer()
+        ends = [tokenizer.eos_id]
+        if self.has_template():
+            turns = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ]
+            text = self._render(turns, False, self._stand_ins)
+            after = text.rpartition("b")[2]
+            ends += [
+                token
+                for token in tokenizer.encode([after])[0]
+                if token in self._control_ids
+            ][:1]
+        return list(dict.fromkeys(ends))
+
+    def has_template(self) -> bool:
+        """Whether message lists can be rendered."""
+        try:
+            return bool(self.template)
+        except UserError:
+            return False
+
+    # --- Text -> ids --------------------------------------------------------
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """What the model sees before it answers; `generate` is fed these.
+
+        Args:
+            prompt: A string, messages, or a mapping with messages as `prompt`
+                and JSON schemas as `tools`.
+        """
+        record = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        stand_ins = self._stand_ins.avoiding([record])
+        text = self._prompt_text(record, stand_ins)
+        return self._with_bos(self._encode([text], stand_ins)[0])
+
+    def tokenize(
+        self, records: Iterable[Record], rows: Sequence[int] | None = None
+    ) -> list[Tokenized]:
+        """Token ids of every record, in order.
+
+        Args:
+            records: See `data.normalize_records`.
+            rows: Their numbers, for messages. None: counted from 0.
+
+        Raises:
+            ValueError: A record is over a limit and `on_overflow="error"`, or
+                needs a tokenizer or a template that is not there.
+        """
+        records = list(records)
+        rows = range(len(records)) if rows is None else rows
+        tokenized: list[Tokenized] = []
+        for first in range(0, len(records), RECORDS_AT_ONCE):
+            part = slice(first, first + RECORDS_AT_ONCE)
+            tokenized += self._tokenize(records[part], rows[part])
+        return tokenized
+
+    def _tokenize(
+        self, records: Sequence[Record], numbers: Sequence[int]
+    ) -> list[Tokenized]:
+        """Encode one chunk of records in a few batched calls."""
+        stand_ins = self._stand_ins.avoiding(records)
+        texts: list[str] = []
+        plans: list[_Plan | None] = []
+        for number, record in zip(numbers, records, strict=True):
+            plan = None
+            if "chosen_ids" not in record:
+                try:
+                    plan = self._plan(record, stand_ins)
+                except UserError as error:
+                    raise UserError(f"Row {number}: {error}") from error
+            plans.append(plan)
+            texts += plan.texts if plan else []
+        encoded = iter(self._encode(texts, stand_ins))
+        rows = []
+        for record, plan in zip(records, plans, strict=True):
+            if plan is None:
+                # Ids go through untouched: no limit is theirs.
+                prompt, chosen, rejected = (list(record[x]) for x in ID_FIELDS)
+                row = Tokenized(prompt, chosen, rejected)
+            else:
+                ids = [next(encoded) for _ in plan.texts]
+                row = self._assemble(plan, ids, stand_ins)
+                if self._prompt_limit() < len(row.prompt_ids):
+                    row = self._shorten(record, row)
+                row = self._limit(row)
+            extras = {k: record[k] for k in EXTRA_FIELDS if k in record}
+            dropped = self._drop_cause(row)
+            rows.append(row._replace(extras=extras, dropped=dropped))
+        for number, row in zip(numbers, rows, strict=True):
+            if self.on_overflow == "error":
+                self._check_whole(number, row)
+            _check_references(number, row)
+        return rows
+
+    def _check_whole(self, number: int, row: Tokenized) -> None:
+        cut = [note for note in row.notes if "truncated" in note]
+        if cut:
+            raise UserError(
+                f"Row {number} is over the limit: {cut[0]}. "
+                f"Received: max_length={self.max_length}, "
+                f"max_prompt_length={self.max_prompt_length}, "
+                f"max_completion_length={self.max_completion_length}. "
+                "Raise them, or set on_overflow='truncate'."
+            )
+
+    def _plan(self, record: Record, stand_ins: StandIns) -> "_Plan":
+        """The texts to encode for one record."""
+        prompt = self._prompt_text(record, stand_ins)
+        # Text before the last control token cannot touch the completion.
+        tail = max(
+            (match.start() for match in stand_ins.control.finditer(prompt)),
+            default=0,
+        )
+        texts = [prompt, prompt[tail:]]
+        segments = []
+        unread: set[str] = set()
+        for field in ("chosen", "rejected"):
+            parts = self._segments(record, field, prompt, stand_ins)
+            if not isinstance(record[field], str):
+                turns = [*record["prompt"], *record[field]]
+                conversation = self._conversation(turns, record, stand_ins)
+                unread |= unread_fields(conversation)
+            segments.append(parts)
+            texts.append(prompt[tail:] + parts[0][0])
+            texts += [text for text, _ in parts[1:]]
+        escaped = any(stand_ins.pattern.search(text) for text in texts)
+        return _Plan(texts, segments, escaped, sorted(unread))
+
+    def _assemble(
+        self, plan: "_Plan", parts: list[list[int]], stand_ins: StandIns
+    ) -> Tokenized:
+        """The ids of the plan's texts, put together."""
+        prompt, tail, parts = parts[0], parts[1], parts[2:]
+        notes = []
+        if plan.escaped:
+            notes.append("control tokens spelled in text, kept as text")
+        notes += [
+            f"message fields that the template does not read: {name}"
+            for name in plan.unread
+        ]
+        completions: list[list[int]] = []
+        scores: list[Any] = []
+        for segments in plan.segments:
+            joint, rest = parts[0], parts[1 : len(segments)]
+            parts = parts[len(segments) :]
+            if joint[: len(tail)] == tail:
+                first = joint[len(tail) :]
+            else:
+                # The last prompt token would merge with the answer's first.
+                notes.append("merges across the prompt's end broken")
+                first = self._encode([segments[0][0]], stand_ins)[0]
+            pieces = [first, *rest]
+            scored = [
+                flag
+                for piece, (_, flag) in zip(pieces, segments, strict=True)
+                for _ in piece
+            ]
+            ids = self._with_end([token for piece in pieces for token in piece])
+            scored = (scored + [True])[: len(ids)]
+            completions.append(ids)
+            scores.append(None if all(scored) else scored)
+        return Tokenized(
+            self._with_bos(prompt),
+            chosen_ids=completions[0],
+            rejected_ids=completions[1],
+            chosen_scored=scores[0],
+            rejected_scored=scores[1],
+            notes=tuple(notes),
+        )
+
+    def _prompt_text(self, record: Record, stand_ins: StandIns) -> str:
+        prompt = record["prompt"]
+        if isinstance(prompt, str):
+            if record.get("tools"):
+                raise UserError(
+                    "Tools need a prompt of messages. Received: a string. Pass "
+                    '[{"role": "user", "content": ...}].'
+                )
+            return stand_ins.escape(prompt)
+        conversation = self._conversation(prompt, record, stand_ins)
+        text = conversation.opened(len(prompt))
+        check_taken(conversation, text, opened=True)
+        return text
+
+    def _segments(
+        self, record: Record, field: str, prompt: str, stand_ins: StandIns
+    ) -> list[Segment]:
+        """The completion's text in parts, each scored or not."""
+        completion = record[field]
+        if isinstance(completion, str):
+            return [(stand_ins.escape(completion), True)]
+        turns = [*record["prompt"], *completion]
+        conversation = self._conversation(turns, record, stand_ins)
+        whole = conversation.text(len(turns))
+        first = len(record["prompt"])
+        check_taken(conversation, whole, opened=False, first=first)
+        try:
+            return conversation.segments(whole, first, prompt, stand_ins)
+        except UserError as error:
+            raise UserError(f"field {field!r}: {error}") from error
+
+    def _conversation(
+        self, turns: Messages, record: Record, stand_ins: StandIns
+    ) -> Conversation:
+        tools = record.get("tools")
+
+        def write(
+            messages: Messages, opens: bool, schemas: Messages | None
+        ) -> str:
+            return self._render(messages, opens, stand_ins, schemas)
+
+        return Conversation(turns, tools, write)
+
+    def _render(
+        self,
+        messages: Messages,
+        opens: bool,
+        stand_ins: StandIns,
+        tools: Messages | None = None,
+    ) -> str:
+        # Parsed before they are escaped: JSON may spell a token in escapes.
+        parsed = [chat_templates.parse_arguments(m) for m in messages]
+        return chat_templates.render(
+            self._template_for(tools),
+            stand_ins.escape(parsed),
+            opens,
+            self.need_tokenizer().special_texts,
+            stand_ins.escape(tools),
+            datetime.date.fromisoformat(self.date),
+            self.chat_template_kwargs,
+        )
+
+    def _encode(self, texts: list[str], stand_ins: StandIns) -> list[list[int]]:
+        """Ids of texts, with stand-ins encoded as the text they stand for."""
+        if not texts:
+            return []
+        tokenizer = self.need_tokenizer()
+        escaped = {
+            i: stand_ins.pattern.split(text)
+            for i, text in enumerate(texts)
+            if stand_ins.pattern.search(text)
+        }
+        plain = [text for i, text in enumerate(texts) if i not in escaped]
+        encoded = iter(tokenizer.encode(plain))
+        result = []
+        for i in range(len(texts)):
+            if i not in escaped:
+                result.append(next(encoded))
+                continue
+            ids: list[int] = []
+            for piece in filter(None, escaped[i]):
+                name = stand_ins.name(piece)
+                if name is None:
+                    ids += tokenizer.encode([piece])[0]
+                else:
+                    ids += tokenizer.encode_plain(name)
+            result.append(ids)
+        return result
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        bos = self.need_tokenizer().bos_id
+        if bos is None or ids[:1] == [bos]:
+            return ids
+        return [bos, *ids]
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        """End with one end token; templates write whitespace behind theirs."""
+        tokenizer = self.need_tokenizer()
+        ends = [i for i, t in enumerate(ids) if t in self._control_ids]
+        if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
+            return ids[: ends[-1] + 1]
+        if ids[-1:] == [tokenizer.eos_id]:
+            return ids
+        return [*ids, tokenizer.eos_id]
+
+    def need_tokenizer(self) -> TextTokenizer:
+        """The tokenizer, or an error that says how to give one."""
+        if self.tokenizer is None:
+            raise UserError(
+                "Records of text need a tokenizer. Received: tokenizer=None. "
+                "Pass DPOPreprocessor(tokenizer), or records with prompt_ids, "
+                "chosen_ids and rejected_ids."
+            )
+        return self.tokenizer
+
+    # --- Limits -------------------------------------------------------------
+
+    def _prompt_limit(self) -> int:
+        return self.max_prompt_length or self.max_length - 1
+
+    def _shorten(self, record: Record, row: Tokenized) -> Tokenized:
+        """Leave out the oldest turns of a chat that is too long."""
+        turns = record["prompt"]
+        if isinstance(turns, str):
+            return row
+        system = turns[:1] if turns[0]["role"] in SYSTEM_ROLES else []
+        rest = turns[len(system) :]
+        for start in range(1, len(rest)):
+            if rest[start]["role"] != "user":
+                continue
+            kept = [*system, *rest[start:]]
+            ids = self.prompt_ids({**record, "prompt": kept})
+            if len(ids) <= self._prompt_limit():
+                note = "prompts truncated at a turn"
+                return row._replace(prompt_ids=ids, notes=(*row.notes, note))
+        return row
+
+    def _limit(self, row: Tokenized) -> Tokenized:
+        """Cut what is over the limits, and say what was cut."""
+        notes = list(row.notes)
+        limit = self._prompt_limit()
+        prompt = row.prompt_ids
+        if len(prompt) > limit:
+            notes.append("prompts truncated inside a turn")
+            bos = self.tokenizer.bos_id if self.tokenizer else None
+            kept = prompt[-limit:]
+            if bos is not None and prompt[0] == bos:
+                kept = [bos, *prompt[1:][-(limit - 1) :]] if limit > 1 else kept
+            prompt = kept
+        room = self.max_length - len(prompt)
+        if self.max_completion_length is not None:
+            room = min(room, self.max_completion_length)
+        elif self.max_prompt_length is not None:
+            room = min(room, self.max_length - self.max_prompt_length)
+        changed: dict[str, Any] = {"prompt_ids": prompt}
+        for name in ("chosen", "rejected"):
+            ids = getattr(row, f"{name}_ids")
+            if len(ids) > room:
+                notes.append(f"{name} completions truncated")
+                changed[f"{name}_ids"] = ids[:room]
+                scored = getattr(row, f"{name}_scored")
+                if scored is not None:
+                    changed[f"{name}_scored"] = scored[:room]
+        return row._replace(notes=tuple(notes), **changed)
+
+    def _drop_cause(self, row: Tokenized) -> str | None:
+        cut = any("truncated" in note for note in row.notes)
+        if self.on_overflow == "drop" and cut:
+            return "over the limits"
+        if not row.prompt_ids:
+            return "without a prompt"
+        if not (row.chosen_ids and row.rejected_ids):
+            return "without a completion"
+        if row.chosen_ids == row.rejected_ids:
+            return "identical after tokenising" + (" and cutting" * cut)
+        for scored in (row.chosen_scored, row.rejected_scored):
+            if scored is not None and not any(scored):
+                return "without a scored token"
+        return None
+
+    # --- Saving -------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Options, and a Hugging Face tokenizer whole."""
+        tokenizer: Any = None
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            tokenizer = self.tokenizer.get_config()
+        elif self.tokenizer is not None:
+            tokenizer = "policy"
+        return {
+            "tokenizer": tokenizer,
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "max_completion_length": self.max_completion_length,
+            "chat_template": self.chat_template,
+            "on_overflow": self.on_overflow,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "date": self.date,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], policy: Any = None
+    ) -> "DPOPreprocessor":
+        """From `get_config`; a Keras-Hub tokenizer comes from the policy."""
+        config = dict(config)
+        tokenizer = config.pop("tokenizer")
+        if tokenizer == "policy":
+            tokenizer = policy.preprocessor.tokenizer
+        elif tokenizer is not None:
+            tokenizer = HuggingFaceTokenizer.from_config(tokenizer)
+        return cls(tokenizer, **config)
+
+
+def _check_references(number: int, row: Tokenized) -> None:
+    """Raise where reference log-probs are of more text than is kept."""
+    cut = any("truncated" in note for note in row.notes)
+    given = any(name.startswith("reference") for name in row.extras)
+    if cut and given and row.dropped is None:
+        raise UserError(
+            f"Row {number} is cut to the limits, and its reference log-probs "
+            "are of the whole text. Raise max_length, set on_overflow='drop', "
+            "or let the reference be computed."
+        )
+
+
+def _check_template(
+    chat_template: str | None, options: Mapping[str, Any] | None
+) -> None:
+    known = (None, "auto", *chat_templates.TEMPLATES)
+    if chat_template not in known and not (
+        isinstance(chat_template, str)
+        and chat_templates.is_source(chat_template)
+    ):
+        raise UserError(
+            "`chat_template` must be 'auto', one of "
+            f"{', '.join(chat_templates.TEMPLATES)}, or Jinja source with "
+            f"'{{{{' or '{{%'. Received: {chat_template!r}."
+        )
+    if options is not None and not isinstance(options, Mapping):
+        raise UserError(
+            "`chat_template_kwargs` must be a mapping such as "
+            f"{{'enable_thinking': False}}. Received: {options!r}."
+        )
+    for name in options or ():
+        if name in SET_BY_US or not isinstance(name, str):
+            raise UserError(
+                f"`chat_template_kwargs` cannot set {name!r}, which every "
+                "prompt has of its own. Leave it out."
+            )
+
+
+def _iso_date(date: str | None) -> str:
+    """The day as ISO writes it; today for None."""
+    if date is None:
+        return datetime.date.today().isoformat()
+    try:
+        return datetime.date.fromisoformat(date).isoformat()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"`date` must be a day such as '2026-11-28'. Received: {date!r}."
+        ) from error
+
+
+class _Plan(NamedTuple):
+    """What to encode for one record, and how to read the result."""
+
+    texts: list[str]
+    segments: list[list[Segment]]
+    escaped: bool
+    unread: list[str]

@@ -1,0 +1,161 @@
+"""What a model's log-probs depend on, as hashes that outlive the process."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from keras_dpo.distribution.processes import to_host
+from keras_dpo.policies import lora
+from keras_dpo.references.store import hash_arrays
+
+# Entries of a Keras config that change no log-prob. Names are numbered by
+# process, and number types have an entry of their own.
+NOT_COMPUTED_WITH = (
+    "name",
+    "dtype",
+    "trainable",
+    "preprocessor",
+    "dropout",
+    "build_config",
+    "compile_config",
+    "registered_name",
+)
+
+
+def content_of(
+    model: keras.Model, trainable_values: Sequence[jax.Array] | None = None
+) -> dict[str, str]:
+    """Hashes of all that log-probs depend on beyond the token ids, by name.
+
+    Args:
+        model: A policy or a reference.
+        trainable_values: Of its trainable variables, in their order, where
+            they are not the current ones.
+    """
+    values = {
+        id(variable): value
+        for variable, value in zip(
+            model.trainable_variables, trainable_values or [], strict=False
+        )
+    }
+    return {
+        "reference weights": _hash_effective_weights(model, values),
+        "configuration": _hash_configuration(model),
+        "number types": _number_types(model),
+    }
+
+
+def computed_with(model: keras.Model) -> dict[str, Any]:
+    """What turns a model's weights into log-probs, by name."""
+    return {
+        "configuration": _hash_configuration(model),
+        "number types": _number_types(model),
+        "LoRA": lora.settings(model),
+    }
+
+
+def _hash_effective_weights(
+    model: keras.Model, values: dict[int, jax.Array]
+) -> str:
+    """The weights that take part: adapters that add nothing do not.
+
+    New LoRA adapters multiply to zero whatever their random half holds, so a
+    policy with them and the same policy without share one store.
+    """
+
+    def arrays() -> Iterable[Any]:
+        for layer in model._flatten_layers():
+            idle = _idle_adapters(layer, values)
+            for variable in _own_weights(layer):
+                if id(variable) not in idle:
+                    yield values.get(id(variable), variable.value)
+            if getattr(layer, "lora_enabled", False) and not idle:
+                scale = layer.lora_alpha / layer.lora_rank
+                yield np.asarray(scale, "float32")
+
+    return hash_arrays(arrays())
+
+
+def _idle_adapters(
+    layer: keras.layers.Layer, values: dict[int, jax.Array]
+) -> set[int]:
+    """Ids of a layer's LoRA adapters, where their product is zero."""
+    adapters = lora.adapters(layer)
+    if any(not np.any(to_host(values.get(id(v), v.value))) for v in adapters):
+        return {id(v) for v in adapters}
+    return set()
+
+
+def _own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """A layer's variables without its sublayers', ordered by name.
+
+    Enabling LoRA makes a kernel frozen, which moves it in Keras' own order.
+    """
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    return sorted(own, key=lambda variable: variable.name)
+
+
+def _hash_configuration(model: keras.Model) -> str:
+    try:
+        config = _computed_with(_without_names(lora.policy_config(model)))
+    except NotImplementedError:
+        # A subclass without get_config: its code is all there is to know.
+        config = f"{type(model).__module__}.{type(model).__qualname__}"
+    text = json.dumps(config, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _computed_with(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {
+            key: _computed_with(value)
+            for key, value in config.items()
+            if key not in NOT_COMPUTED_WITH
+        }
+    if isinstance(config, list | tuple):
+        return [_computed_with(value) for value in config]
+    return config
+
+
+def _without_names(config: Any) -> Any:
+    """Layers called by their order: Keras numbers their names by process."""
+    names: dict[str, str] = {}
+
+    def find(part: Any) -> None:
+        if isinstance(part, dict):
+            for layer in part.get("layers", []):
+                name = layer.get("name") or layer.get("config", {}).get("name")
+                names.setdefault(name, f"layer {len(names)}")
+            part = list(part.values())
+        if isinstance(part, list | tuple):
+            for inner in part:
+                find(inner)
+
+    def rename(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: rename(value) for key, value in part.items()}
+        if isinstance(part, list | tuple):
+            return [rename(value) for value in part]
+        return names.get(part, part) if isinstance(part, str) else part
+
+    find(config)
+    return rename(config)
+
+
+def _number_types(model: keras.Model) -> str:
+    """The number types of all layers that hold weights."""
+    names = [
+        lora.number_type(layer)
+        for layer in model._flatten_layers()
+        if _own_weights(layer)
+    ]
+    distinct = list(dict.fromkeys(names))
+    if len(distinct) == 1:
+        return distinct[0]
+    digest = hashlib.blake2b(" ".join(names).encode(), digest_size=4)
+    return f"{'+'.join(distinct)} ({digest.hexdigest()})"

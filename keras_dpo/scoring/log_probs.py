@@ -1,0 +1,139 @@
+"""Policy + batch -> log-probability of every completion token.
+
+The only caller of the model. Runs inside a `keras.StatelessScope` that says
+which values the model's variables have.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_dpo.scoring.packed_backbone import packed_hidden_states, run_layers
+from keras_dpo.scoring.vocabulary_head import (
+    TokenStatistics,
+    chunked_statistics,
+    head_logits,
+    token_statistics,
+)
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+# Families whose CausalLM is exactly `token_embedding(backbone(x), reverse)`:
+# tests/test_log_probs.py proves each.
+SPLIT_FAMILIES = (
+    "Bloom",
+    "Falcon",
+    "Gemma",
+    "Gemma3",
+    "GPT2",
+    "GPTNeoX",
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "Mixtral",
+    "OPT",
+    "Phi3",
+    "Qwen",
+    "Qwen3",
+    "SmolLM3",
+)
+
+
+def can_split_head(policy: keras.Model) -> bool:
+    """Whether the vocabulary product can run on chosen positions alone."""
+    name = type(policy).__name__.removesuffix("CausalLM")
+    backbone = getattr(policy, "backbone", None)
+    embedding = getattr(backbone, "token_embedding", None)
+    return name in SPLIT_FAMILIES and hasattr(embedding, "logit_soft_cap")
+
+
+def completion_mask(batch: Batch) -> Array:
+    """1.0 where `completion_ids` holds a scored token, `(pairs, 2, tokens)`."""
+    return batch["completion_mask"].astype("float32")
+
+
+def completion_statistics(
+    policy: keras.Model,
+    batch: Batch,
+    training: bool = False,
+    wanted: Collection[str] = (),
+    split_head: bool = True,
+    remat: bool = False,
+) -> TokenStatistics:
+    """Statistics of the completion tokens, each `(pairs, 2, tokens)`.
+
+    Positions that are not scored hold values of no meaning; the mask comes
+    from lengths, so that a pad token equal to EOS changes nothing.
+
+    Args:
+        policy: A Keras-Hub `CausalLM`, or a model from `{"token_ids",
+            "padding_mask"}` to logits `(rows, length, vocabulary)`.
+        batch: `completion_ids` `(pairs, 2, tokens)`, `prompt_lengths` and
+            `completion_lengths` `(pairs, 2)`, all int32, and either
+            `token_ids` `(pairs, 2, length)` or the rows of
+            `data.packing.pack_batch`.
+        training: Whether dropout is on.
+        wanted: Further fields of `TokenStatistics` to fill.
+        split_head: False computes logits of every position and reads the
+            completion's from them: the plain path.
+        remat: Whether decoder layers are computed again in the backward pass
+            instead of keeping their inner values.
+    """
+    batch = jax.tree.map(jnp.asarray, batch)
+    if "row_ids" in batch:
+        return _row_statistics(policy, batch, wanted, remat)
+    pairs, _, length = batch["token_ids"].shape
+    tokens = batch["completion_ids"].shape[-1]
+    totals = batch["prompt_lengths"] + batch["completion_lengths"]
+    inputs: dict[str, Any] = {
+        "token_ids": batch["token_ids"].reshape(2 * pairs, length),
+        "padding_mask": (
+            jnp.arange(length) < totals.reshape(2 * pairs, 1)
+        ).astype("int32"),
+    }
+    # The state at position t - 1 predicts the token at position t.
+    positions = batch["prompt_lengths"][..., None] - 1 + jnp.arange(tokens)
+    positions = jnp.clip(positions, 0, length - 1)[..., None]
+
+    def at_completion(states: Array) -> Array:
+        states = states.reshape(pairs, 2, length, -1)
+        return jnp.take_along_axis(states, positions, axis=2)
+
+    if split_head:
+        hidden = run_layers(policy.backbone, inputs, training, remat)
+        logits = head_logits(
+            policy.backbone.token_embedding, at_completion(hidden)
+        )
+    else:
+        outputs = policy(inputs, training=training)
+        logits = at_completion(outputs).astype("float32")
+    return token_statistics(logits, batch["completion_ids"], wanted)
+
+
+def _row_statistics(
+    policy: keras.Model, batch: Batch, wanted: Collection[str], remat: bool
+) -> TokenStatistics:
+    """The same, from packed rows, in chunks of scored tokens."""
+    hidden = packed_hidden_states(policy, batch, remat)
+    states = jnp.take_along_axis(
+        hidden, batch["scored_states"][..., None], axis=1
+    )
+    statistics = chunked_statistics(
+        policy.backbone.token_embedding,
+        states,
+        batch["scored_ids"],
+        batch["scored_counts"],
+        wanted,
+    )
+    slots = batch["scored_slots"]
+    flat = slots.reshape(hidden.shape[0], -1)
+    return jax.tree.map(
+        lambda values: jnp.take_along_axis(values, flat, axis=1).reshape(
+            slots.shape
+        ),
+        statistics,
+    )

@@ -1,0 +1,371 @@
+"""Rows of packed pairs through a Keras-Hub backbone's own layers.
+
+The one place that reaches into Keras-Hub. Its decoder layers hand queries and
+unrepeated keys to an attention function, with the position of every token,
+where a serving context says so (`keras_hub.src.vllm`, Keras-Hub 0.32): rows
+use that way in. Phi3 and SmolLM3 have no such way and are patched for the
+duration of a call. `tests/test_packed_backbone.py` tells when upstream changes.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from keras.src.models import functional
+
+from keras_dpo.compat.patching import current, patched
+from keras_dpo.distribution.processes import (
+    data_parallel_size,
+    over_rows,
+    rows_on_devices,
+)
+from keras_dpo.scoring.flat_products import flat_einsum, flat_matmul
+from keras_dpo.scoring.row_attention import (
+    Row,
+    Settings,
+    attend_in_blocks,
+    attend_in_sequences,
+)
+from keras_dpo.utils.arrays import BLOCK
+
+Array = jax.Array
+Batch = dict[str, Array]
+# Told (settings) of each layer; a stand-in for the attention itself.
+AttentionFunction = Callable[[Array, Array, Array, Settings], Array]
+
+# Families proven to give the plain path's values and gradients, by
+# tests/test_packed_backbone.py.
+PACKED_FAMILIES = (
+    "Gemma",
+    "Gemma3",
+    "GPT2",
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "OPT",
+    "Phi3",
+    "Qwen",
+    "Qwen3",
+    "SmolLM3",
+)
+
+
+def packed_hidden_states(
+    policy: keras.Model, batch: Batch, remat: bool = False
+) -> Array:
+    """The last hidden states of every row, `(rows, length, hidden)`.
+
+    Args:
+        policy: A Keras-Hub `CausalLM` of `PACKED_FAMILIES`.
+        batch: What `data.packing.pack_batch` returns.
+        remat: Whether each decoder layer's inner values are computed again in
+            the backward pass instead of kept.
+    """
+    rows, length = batch["row_ids"].shape
+    hidden = run_backbone(
+        policy.backbone,
+        batch["row_ids"].reshape(-1),
+        batch["row_positions"].reshape(-1),
+        _row_attention(batch),
+        remat,
+    )
+    return hidden.reshape(rows, length, -1)
+
+
+def run_backbone(
+    backbone: keras.Model,
+    token_ids: Array,
+    positions: Array,
+    attention: AttentionFunction,
+    remat: bool = False,
+) -> Array:
+    """Flat tokens through the backbone, `(tokens, hidden)`."""
+    from keras_hub.src.vllm.context import vllm_context_scope
+
+    def paged_attention(
+        cache: None,
+        query: Array,
+        key: Array,
+        value: Array,
+        scale: float,
+        head: int,
+        heads: int,
+        groups: int,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[None, Array]:
+        settings = Settings(float(scale), sliding_window or 0, soft_cap)
+        tokens = query.shape[0]
+        output = attention(
+            query.reshape(tokens, groups, heads // groups, head),
+            key.reshape(tokens, groups, head),
+            value.reshape(tokens, groups, head),
+            settings,
+        )
+        return None, output.reshape(tokens, heads * head)
+
+    # Every token is a sequence of its own to all layers but attention.
+    inputs = {
+        "token_ids": token_ids[:, None],
+        "padding_mask": jnp.ones((token_ids.shape[0], 1), "int32"),
+    }
+    ops = keras.src.ops
+    with (
+        vllm_context_scope(paged_attention, positions),
+        _families_without_a_way_in(backbone, positions),
+        patched(ops, "matmul", flat_matmul(current(ops, "matmul"))),
+        patched(ops, "einsum", flat_einsum(current(ops, "einsum"))),
+    ):
+        return run_layers(backbone, inputs, False, remat)[:, 0]
+
+
+def run_layers(
+    backbone: keras.Model, inputs: Batch, training: bool, remat: bool
+) -> Array:
+    """The backbone on a batch, `(rows, length, hidden)`.
+
+    Args:
+        backbone: A Keras-Hub backbone.
+        inputs: Its inputs.
+        training: Whether dropout is on.
+        remat: Whether each decoder layer is a `jax.checkpoint`. (Keras' own
+            `keras.remat` crashes around these layers, Keras 3.15.)
+    """
+    if not remat and data_parallel_size() == 1:
+        return backbone(inputs, training=training)
+    layers = {id(layer) for layer in backbone.transformer_layers}
+
+    def operation(layer: Any) -> Any:
+        run = functional.operation_fn(layer, training=training)
+        if id(layer) not in layers:
+            return run
+
+        def call(hidden: Array, *args: Any, **kwargs: Any) -> Array:
+            # Or a mesh spreads states by features, as some kernels lie.
+            hidden = rows_on_devices(hidden)
+            if not remat:
+                return run(hidden, *args, **kwargs)
+            return _computed_again(lambda x: run(x, *args, **kwargs), hidden)
+
+        return call
+
+    inputs = backbone._standardize_inputs(inputs)
+    return backbone._run_through_graph(inputs, operation)
+
+
+def _computed_again(layer: Callable[[Array], Array], inputs: Array) -> Array:
+    """`layer(inputs)`, of which the backward pass keeps the inputs alone.
+
+    `jax.checkpoint` would do, but XLA's CPU backend (JAX 0.10) drops its
+    barriers and computes all layers again at the start of the backward pass,
+    which keeps what was to be saved. Here the inputs wait for the gradient: a
+    sum that no optimization may drop.
+    """
+    converted, constants = jax.closure_convert(layer, inputs)
+
+    @jax.custom_vjp
+    def run(inputs: Array, *constants: Array) -> Array:
+        return converted(inputs, *_gathered_after(inputs, constants))
+
+    def forward(inputs: Array, *constants: Array) -> tuple[Array, Any]:
+        return run(inputs, *constants), (inputs, constants)
+
+    def backward(kept: Any, gradient: Array) -> tuple[Array, ...]:
+        inputs, constants = kept
+        inputs = inputs + 0.0 * gradient.astype(inputs.dtype)
+        constants = _gathered_after(gradient, constants)
+        d_inputs, *d_constants = jax.vjp(converted, inputs, *constants)[1](
+            gradient
+        )
+        if _simulates_mesh():
+            # Or all layers' gradients are summed at once, whole, at the end.
+            for d in d_constants:
+                if jnp.issubdtype(d.dtype, jnp.floating):
+                    first = d.reshape(-1)[0].astype(d_inputs.dtype)
+                    d_inputs = d_inputs + 0.0 * first
+        return d_inputs, *d_constants
+
+    run.defvjp(forward, backward)
+    return run(inputs, *constants)
+
+
+def _gathered_after(signal: Array, kernels: Sequence[Array]) -> Sequence[Array]:
+    """Kernels that are gathered for this pass alone.
+
+    Fully sharded kernels would be gathered once for both passes and kept,
+    which keeps a whole copy of the policy.
+    """
+    if data_parallel_size() == 1:
+        return kernels
+    if not _simulates_mesh():
+        return jax.lax.optimization_barrier(tuple(kernels))
+    wait = 0.0 * signal.reshape(-1)[0]
+    return [
+        k + wait.astype(k.dtype) if jnp.issubdtype(k.dtype, jnp.floating) else k
+        for k in kernels
+    ]
+
+
+def _simulates_mesh() -> bool:
+    """Whether XLA's CPU backend compiles for a mesh.
+
+    It drops barriers, gathers all layers at the start and sums all gradients
+    at the end; sums with zeros keep it to one layer at a time, as other
+    backends do, so that `keras-dpo plan` tells what those need.
+    """
+    return jax.default_backend() == "cpu" and data_parallel_size() > 1
+
+
+def layer_settings(backbone: keras.Model) -> list[Settings]:
+    """The attention settings of every decoder layer, in order."""
+    seen: list[Settings] = []
+
+    def record(
+        query: Array, key: Array, value: Array, settings: Settings
+    ) -> Array:
+        seen.append(settings)
+        return query
+
+    ids = jax.ShapeDtypeStruct((BLOCK,), "int32")
+    with keras.StatelessScope():
+        jax.eval_shape(
+            lambda ids: run_backbone(backbone, ids, ids, record), ids
+        )
+    return seen
+
+
+def _row_attention(batch: Batch) -> AttentionFunction:
+    """Attention among the tokens of each of the batch's rows."""
+    rows, length = batch["row_ids"].shape
+
+    def attention(
+        query: Array, key: Array, value: Array, settings: Settings
+    ) -> Array:
+        attend = _over_sequences if "sequence_slots" in batch else _over_blocks
+        q, k, v = (
+            array.reshape(rows, length, *array.shape[1:])
+            for array in (query, key, value)
+        )
+        return attend(q, k, v, batch, settings).reshape(query.shape)
+
+    return attention
+
+
+def _over_sequences(
+    query: Array, key: Array, value: Array, batch: Batch, settings: Settings
+) -> Array:
+    rows = query.shape[0]
+    tokens = batch["sequence_slots"].shape[-1]
+    lengths = batch["prompt_lengths"] + batch["completion_lengths"]
+    splash = _attends_by_splash()
+    attend = functools.partial(
+        attend_in_sequences, settings=settings, splash=splash
+    )
+    # XLA cannot split the kernel over devices itself.
+    return (over_rows(attend) if splash else attend)(
+        query,
+        key,
+        value,
+        batch["sequence_slots"].reshape(rows, -1, tokens),
+        batch["row_slots"],
+        lengths.reshape(rows, -1),
+    )
+
+
+def _attends_by_splash() -> bool:
+    """Whether TPU's kernel runs: each device must have whole heads."""
+    distribution = keras.distribution.distribution()
+    devices = (
+        1 if distribution is None else distribution.device_mesh.devices.size
+    )
+    return jax.default_backend() == "tpu" and devices == data_parallel_size()
+
+
+def _over_blocks(
+    query: Array, key: Array, value: Array, batch: Batch, settings: Settings
+) -> Array:
+    """`attend_in_blocks` row by row; on a mesh each device has its own."""
+    window = settings.window
+    if f"blocks_{window}" not in batch:
+        window = 0  # A window that no sequence is longer than.
+    pattern = Row(
+        batch["row_segments"],
+        batch["row_positions"],
+        batch[f"blocks_{window}"],
+        batch[f"block_counts_{window}"],
+    )
+
+    def one(inputs: Any) -> Array:
+        query, key, value, row = inputs
+        output = attend_in_blocks(
+            jnp.transpose(query, (1, 2, 0, 3)),
+            jnp.transpose(key, (1, 0, 2)),
+            jnp.transpose(value, (1, 0, 2)),
+            row,
+            settings,
+        )
+        return jnp.transpose(output, (2, 0, 1, 3))
+
+    def each(*inputs: Any) -> Array:
+        if inputs[0].shape[0] == 1:
+            return one(jax.tree.map(lambda a: a[0], inputs))[None]
+        return jax.lax.map(one, inputs)
+
+    return over_rows(each)(query, key, value, pattern)
+
+
+@contextlib.contextmanager
+def _families_without_a_way_in(
+    backbone: keras.Model, positions: Array
+) -> Iterator[None]:
+    """Give Phi3 and SmolLM3 positions and the context's attention."""
+    from keras_hub.src.layers.modeling.rotary_embedding import RotaryEmbedding
+    from keras_hub.src.models.phi3.phi3_attention import Phi3Attention
+    from keras_hub.src.models.smollm3 import smollm3_layers
+    from keras_hub.src.vllm.attention import vllm_paged_attention
+
+    attention_class = {
+        "Phi3Backbone": Phi3Attention,
+        "SmolLM3Backbone": smollm3_layers.SmolLM3Attention,
+    }.get(type(backbone).__name__)
+    if attention_class is None:
+        yield
+        return
+
+    def compute_attention(
+        self: Any, query: Array, key: Array, value: Array, *_: Any, **__: Any
+    ) -> Array:
+        groups = self.num_key_value_groups
+        # Every group's heads hold the same repeated key.
+        return vllm_paged_attention(
+            query,
+            key[:, :, ::groups],
+            value[:, :, ::groups],
+            self._inv_norm_factor,
+        )
+
+    def at_positions(original: Any) -> Any:
+        """Rotate by the table of all positions, read at each token's own."""
+
+        def embedding(self: Any, inputs: Array, *_: Any, **__: Any) -> Any:
+            shape = (1, inputs.shape[0], *inputs.shape[2:])
+            table = original(self, inputs.reshape(shape))
+            return jax.tree.map(
+                lambda a: jnp.take(a[0], positions, axis=0)[:, None], table
+            )
+
+        return embedding
+
+    if attention_class is Phi3Attention:
+        owner, name = RotaryEmbedding, "_compute_cos_sin_embedding"
+    else:
+        owner, name = smollm3_layers.SmolLM3RotaryEmbedding, "call"
+    with (
+        patched(attention_class, "_compute_attention", compute_attention),
+        patched(owner, name, at_positions(current(owner, name))),
+    ):
+        yield

@@ -1,0 +1,354 @@
+"""What is checked, and said aloud, before training starts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.distribution.processes import data_parallel_size
+from keras_dpo.distribution.sharding import check_on_mesh, sharding_table
+from keras_dpo.errors import UserError, UserTypeError
+from keras_dpo.policies.positions import num_positions
+from keras_dpo.policies.presets import text_tokenizer_of
+from keras_dpo.references.base import (
+    ModelReference,
+    NoReference,
+    PrecomputedReference,
+    SnapshotReference,
+    vocabulary_size,
+)
+from keras_dpo.utils.messages import say
+
+
+def check_policy(policy: Any, reference: Any) -> None:
+    """Raise where `DPOModel` cannot be made of these two."""
+    if not isinstance(policy, keras.Model):
+        raise UserTypeError(
+            "`policy` must be a Keras model. Received: "
+            f"{type(policy).__name__}. Load one with "
+            "keras_dpo.load_policy(preset)."
+        )
+    if reference is policy:
+        raise UserError(
+            "The reference must not be the policy itself: training would move "
+            'both. Use reference="initial" for the policy as it is now.'
+        )
+    known = reference in ("initial", "precomputed", None) or isinstance(
+        reference, keras.Model
+    )
+    if not known:
+        raise UserError(
+            "`reference` must be 'initial', 'precomputed', None or a Keras "
+            f"model. Received: {reference!r}."
+        )
+    if not policy.built:
+        raise UserError(
+            "The policy has no variables yet. Call it on a batch, or "
+            "policy.build(...), before DPOModel(policy)."
+        )
+    check_on_mesh(policy)
+    if isinstance(reference, keras.Model):
+        check_on_mesh(reference)
+    if not policy.trainable_variables:
+        raise UserError(
+            "The policy has no trainable variable. Set policy.trainable = "
+            "True, or call policy.backbone.enable_lora(rank) (Keras-Hub finds "
+            "no layer to adapt in some families: name them with "
+            "target_layer_names)."
+        )
+
+
+# Texts on which tokenizers differ that are not the same.
+PROBES = (
+    "What is 12 + 345?  It's 357.",
+    "def f(x):\n\treturn x  # naïve café, 東京, 🙂\r\n",
+    "<|im_start|>user\nHello<|im_end|>\n<start_of_turn>model\n",
+)
+
+
+def check_same_vocabulary(policy: keras.Model, reference: keras.Model) -> None:
+    """Raise where an id is one token to the policy and another to a reference.
+
+    Control tokens apart, which every checkpoint may name as it likes.
+    """
+    ours, theirs = text_tokenizer_of(policy), text_tokenizer_of(reference)
+    if ours is None or theirs is None:
+        return
+    control = {*ours.control_tokens, *theirs.control_tokens}
+    their_tokens = {i: token for token, i in theirs.token_ids().items()}
+    for token, i in ours.token_ids().items():
+        other = their_tokens.get(i, token)
+        if other != token and not {other, token} & control:
+            raise UserError(
+                "Policy and reference must have the same tokens. Received: id "
+                f"{i}, which is {token!r} to the policy and {other!r} to the "
+                "reference. Use a reference with the policy's tokenizer."
+            )
+
+
+def check_same_ids(policy: keras.Model, reference: keras.Model) -> None:
+    """Raise where policy and reference turn a text into other ids."""
+    ours, theirs = text_tokenizer_of(policy), text_tokenizer_of(reference)
+    if ours is None or theirs is None:
+        return
+    probes = list(PROBES)
+    for text, a, b in zip(
+        probes, ours.encode(probes), theirs.encode(probes), strict=True
+    ):
+        if a != b:
+            raise UserError(
+                "Policy and reference must make the same ids of a text. "
+                f"Received: {a[:8]}... from the policy ({ours.name}) and "
+                f"{b[:8]}... from the reference ({theirs.name}), of {text!r}. "
+                "Load both with the tokenizer that they were trained with; "
+                "keras_dpo.save_policy keeps it beside a preset."
+            )
+
+
+def describe_text(preprocessor: Any) -> list[str]:
+    """Lines on the tokenizer and the chat template that a run uses."""
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    if tokenizer is None:
+        return []
+    return [
+        f"Tokenizer: {tokenizer.name}",
+        f"Chat template: {preprocessor.describe_template()}",
+    ]
+
+
+def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
+    """Raise where training would silently do nothing, or the wrong thing."""
+    now = [v.path for v in policy.trainable_variables]
+    if now != wrapped:
+        raise UserError(
+            "The policy's trainable variables changed after DPOModel(policy). "
+            f"Received: {len(wrapped)} then, {len(now)} now. Call enable_lora "
+            "or set `trainable` before DPOModel(policy), or make a new one."
+        )
+    short = [
+        v
+        for v in policy.trainable_variables
+        if v.dtype in ("bfloat16", "float16")
+    ]
+    if short:
+        raise UserError(
+            "Trainable variables must be float32: Keras' Adam does not move "
+            f"16-bit ones. Received: {len(short)} in {short[0].dtype}, such as "
+            f"{short[0].path}. Load the policy with dtype='mixed_bfloat16', "
+            "or train LoRA adapters, which are float32."
+        )
+
+
+def check_differentiable(policy: keras.Model) -> None:
+    """Raise where Keras gives gradients that point elsewhere."""
+    for layer in policy._flatten_layers():
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise UserError(
+                "Keras 3.15 differentiates quantized layers wrongly: training "
+                f"would go astray. Received: {layer.path} quantized to "
+                f"{layer.quantization_mode}. Train LoRA on a bfloat16 base, "
+                "and quantize afterwards; evaluate and predict work."
+            )
+
+
+def check_dataset(
+    model: Any, dataset: PreferenceDataset, micro_batches: int = 1
+) -> None:
+    """Raise where a dataset cannot go through the model.
+
+    Args:
+        model: A `DPOModel` with its reference in place.
+        dataset: The model's own view of the pairs.
+        micro_batches: Micro-batches of a step.
+
+    Raises:
+        ValueError: A token id is beyond the embedding, the batch does not
+            divide, or the loss needs what the data lacks.
+    """
+    parts = micro_batches * data_parallel_size()
+    if dataset.batch_size % parts:
+        raise UserError(
+            "The batch must divide into micro-batches and devices. "
+            f"Received: batch_size={dataset.batch_size}, {micro_batches} "
+            f"accumulation steps x {data_parallel_size()} data-parallel "
+            f"devices. Use a multiple of {parts}."
+        )
+    _check_positions(model, dataset)
+    vocabulary = vocabulary_size(model.policy)
+    tokenizer = dataset.preprocessor.tokenizer
+    if vocabulary is not None:
+        if tokenizer and tokenizer.vocabulary_size > vocabulary:
+            raise UserError(
+                "The tokenizer is larger than the policy's embedding. "
+                f"Received: {tokenizer.vocabulary_size} tokens, "
+                f"{vocabulary} rows. Use the policy's own tokenizer."
+            )
+        largest = dataset.pairs.largest_ids
+        beyond = np.flatnonzero(largest >= vocabulary)
+        if len(beyond):
+            raise UserError(
+                f"Row {dataset.report.rows[beyond[0]]} holds token id "
+                f"{largest[beyond[0]]}, beyond the policy's vocabulary of "
+                f"{vocabulary}."
+            )
+    loss = model.preference_loss
+    weights = np.nan_to_num(dataset.pairs.extra("weight"), nan=1.0)
+    if loss.sorts_pairs and (weights != 1).any():
+        raise UserError(
+            f"{type(loss).__name__} sorts the pairs of a batch, so "
+            "per-pair weights would go to the wrong pairs. Remove the "
+            "`weight` column or use another loss."
+        )
+    stored = isinstance(model.reference, PrecomputedReference)
+    by_token = {
+        "ld_alpha": loss.needs_token_log_probs,
+        "The metric kl": "kl" in model._optional_metrics,
+    }
+    for name, needed in by_token.items():
+        if stored and dataset.reference_is_summed and needed:
+            raise UserError(
+                f"{name} needs reference log-probs of every token, and the "
+                "data holds those of whole completions. Leave "
+                f"{name.split()[-1]} out, or let the reference be computed."
+            )
+
+
+def _check_positions(model: Any, dataset: PreferenceDataset) -> None:
+    """Raise where a pair is longer than a model's table of positions."""
+    models = [model.policy]
+    if isinstance(model.reference, ModelReference):
+        models.append(model.reference.model)
+    known = [x for x in map(num_positions, models) if x is not None]
+    lengths = dataset.pairs.sequence_lengths
+    longest = int(lengths.argmax())
+    padded = 0 if model.execution.in_rows else dataset.shapes[-1][0]
+    if known and lengths[longest] > min(known):
+        raise UserError(
+            f"Row {dataset.report.rows[longest]} has {lengths[longest]} "
+            f"tokens, and the model knows {min(known)} positions. Lower "
+            f"max_length to {min(known)}, or leave the row out."
+        )
+    if known and padded > min(known):
+        raise UserError(
+            "Rows must be padded to no more than the model's positions. "
+            f"Received: a bucket of {padded} tokens, {min(known)} "
+            f"positions. Pass buckets that end with {min(known)}."
+        )
+
+
+def check_one_reference(model: Any, dataset: Any) -> None:
+    """Raise where a reference model and the data both bring log-probs."""
+    was_given = model._reference_was_dropped or isinstance(
+        model.reference, ModelReference
+    )
+    if model.precompute_reference and was_given and dataset.has_reference:
+        raise UserError(
+            "The data holds reference log-probs, and another model was given "
+            "as the reference to compute them with. Received: "
+            "reference_chosen_log_prob and reference_rejected_log_prob in the "
+            "data, precompute_reference=True. Remove the columns, or use "
+            "reference='precomputed' to read them."
+        )
+
+
+def report_start(
+    model: Any,
+    dataset: Any = None,
+    epochs: int = 1,
+    print_fn: Callable[[str], None] | None = None,
+) -> None:
+    """Say what the reference is, what is trained, and how it runs."""
+    print_fn = print_fn or say
+    reference = model._ensure_reference()
+    trained = model.trainable_variables
+    count = sum(int(np.prod(v.shape)) for v in trained)
+    total = sum(int(np.prod(v.shape)) for v in model.policy.weights)
+    preprocessor = getattr(dataset, "preprocessor", model.preprocessor)
+    for line in describe_text(preprocessor):
+        print_fn(line)
+    print_fn(f"Reference: {reference.describe()}")
+    print_fn(
+        f"Trained: {count:,} of {total:,} parameters in {len(trained)} "
+        f"variables; loss {model.preference_loss!r}"
+    )
+    if isinstance(reference, NoReference) and (
+        model.preference_loss.needs_reference
+    ):
+        print_fn(
+            "The loss takes the reference's log-probs as zero: training is "
+            "reference-free."
+        )
+    columns = getattr(dataset, "reference_is_summed", False)
+    if columns and not isinstance(reference, PrecomputedReference):
+        print_fn(
+            "Note: the data's own reference log-probs are not read; "
+            "reference='precomputed' reads them."
+        )
+    for note in model.execution.notes:
+        print_fn(note)
+    if dataset is not None and dataset.packing is not None:
+        print_fn(dataset.describe_rows())
+    if keras.distribution.distribution() is not None:
+        for line in sharding_table(model.policy.variables):
+            print_fn(line)
+    if model.remat:
+        print_fn("Decoder layers are computed again in the backward pass.")
+    online = not isinstance(reference, NoReference | PrecomputedReference)
+    if online and epochs > 1:
+        print_fn(
+            f"The reference runs in each of {epochs} epochs; with "
+            "precompute_reference=True it runs once (if it is not synced)."
+        )
+
+
+def warn_of_swapped_pairs(
+    history: dict[str, list[float]], num_pairs: int
+) -> None:
+    """Say so where training ranks the validation pairs the wrong way round.
+
+    Args:
+        history: Of `fit`.
+        num_pairs: Validation pairs.
+    """
+    accuracies = history.get("val_reward_accuracy")
+    # Two standard errors of an accuracy of one half.
+    if not accuracies or not accuracies[-1] < 0.5 - num_pairs**-0.5:
+        return
+    say(
+        f"Warning: after training {accuracies[-1]:.0%} of {num_pairs} "
+        "validation pairs are ranked rightly, clearly fewer than one half. "
+        "Chosen and rejected may be swapped in the training or the validation "
+        "data (keras-dpo inspect shows both), or training diverged."
+    )
+
+
+def steps_done(optimizer: keras.Optimizer) -> int:
+    """Updates that an optimizer has made."""
+    return int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+
+def check_first_batch(model: Any, batch: dict[str, Any]) -> None:
+    """Raise where a snapshot does not give a first batch the policy's numbers.
+
+    At step 0 policy and reference are one: every reward must be 0.
+    """
+    reference = model.reference
+    if not isinstance(reference, SnapshotReference) or not reference.is_exact:
+        return
+    loss = model.preference_loss
+    policy_log_probs, log_probs = model.pair_log_probs_of(batch)
+    found = loss.per_pair(policy_log_probs, log_probs)
+    expected = loss.per_pair(policy_log_probs, policy_log_probs)
+    rewards = loss.rewards(policy_log_probs, log_probs)
+    largest = float(np.max(np.abs(rewards)))
+    gap = float(np.max(np.abs(found - expected)))
+    if not (largest < 1e-3 and gap < 1e-3):
+        raise UserError(
+            "Before the first step policy and reference must agree: every "
+            "reward 0, every loss at its value for margin 0. Received: a "
+            f"reward of {largest:.3g}, a loss {gap:.3g} off. The policy "
+            "changed after DPOModel(policy) (weights loaded, a step taken "
+            "elsewhere), or gives NaN. Make a new DPOModel(policy)."
+        )
