@@ -8,7 +8,7 @@ from test_packed_backbone import batches, gradient_of
 
 from keras_dpo import DPOModel, PreferenceDataset
 from keras_dpo.callbacks import ReferenceSync
-from keras_dpo.references.base import NoReference, SnapshotReference
+from keras_dpo.references.kinds import NoReference, SnapshotReference
 
 
 def data(pairs=None, batch_size=4, **options):

@@ -7,7 +7,6 @@ import keras
 
 from keras_dpo.data.preprocessor import DPOPreprocessor, Prompt
 from keras_dpo.policies.generation import generate_each, is_one_prompt
-from keras_dpo.references.base import ModelReference, SnapshotReference
 from keras_dpo.training.after_step import AfterStep
 from keras_dpo.utils.messages import say
 
@@ -100,19 +99,9 @@ def sample_answers(
         )
 
     columns = {"policy": answer(model.policy)}
-    reference = model._ensure_reference()
-    if isinstance(reference, ModelReference):
-        columns["reference"] = answer(reference.model)
-    elif isinstance(reference, SnapshotReference):
-        pairs = reference.variable_pairs()
-        own = [policy.value for _, policy in pairs]
-        try:
-            for snapshot, policy in pairs:
-                policy.assign(snapshot.value)
-            columns["reference"] = answer(model.policy)
-        finally:
-            for value, (_, policy) in zip(own, pairs, strict=True):
-                policy.assign(value)
+    with model._ensure_reference().as_model() as reference:
+        if reference is not None:
+            columns["reference"] = answer(reference)
     return [
         {
             "prompt": prompt_text(prompt),

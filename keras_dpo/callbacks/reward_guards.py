@@ -7,11 +7,7 @@ import jax.numpy as jnp
 
 from keras_dpo.callbacks.step_logger import StepLogger
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.references.base import (
-    NoReference,
-    SnapshotReference,
-    vocabulary_size,
-)
+from keras_dpo.references.base import vocabulary_size
 from keras_dpo.utils.messages import say
 
 # Nats between policy and reference over a whole completion, on average: what
@@ -100,7 +96,7 @@ def why_stuck(model: Any) -> str:
             "the reference is synced to the policy so often that they are "
             "one. Sync less often, or with a smaller alpha."
         )
-    if isinstance(reference, SnapshotReference):
+    if reference.keeps_snapshot:
         moved = any(
             bool(jnp.any(own.value != policy.value.astype(own.dtype)))
             for own, policy in reference.variable_pairs()
@@ -175,7 +171,7 @@ class CollapseGuard(StepLogger):
         self._dataset = dataset
 
     def write(self, record: dict[str, Any]) -> None:
-        if isinstance(self._model.reference, NoReference):
+        if not self._model.reference.compares:
             return
         vocabulary = vocabulary_size(self._model.policy)
         log_prob = record.get("chosen_log_prob")

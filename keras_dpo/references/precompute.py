@@ -15,12 +15,9 @@ from keras_dpo.data.packing import choose_lengths
 from keras_dpo.data.stream import need_an_end
 from keras_dpo.distribution.processes import distribute_batch, to_host
 from keras_dpo.errors import UserError
-from keras_dpo.references.base import (
-    ModelReference,
-    PrecomputedReference,
-    replace_reference,
-)
+from keras_dpo.references.base import replace_reference
 from keras_dpo.references.content import content_of
+from keras_dpo.references.kinds import PrecomputedReference
 from keras_dpo.references.store import ReferenceStore
 from keras_dpo.scoring.log_probs import Array
 from keras_dpo.utils.files import cache_directory
@@ -76,7 +73,7 @@ def _fill_in(
 
 def _can_run(model: Any) -> bool:
     """Whether the weights that the reference consists of are still there."""
-    if isinstance(model.reference, ModelReference):
+    if model.reference.models:
         return True
     return not model.has_trained and not model._reference_was_dropped
 
@@ -91,9 +88,8 @@ _GONE = (
 
 def _content(model: Any) -> dict[str, str]:
     """What the reference's log-probs depend on beyond the token ids."""
-    reference = model.reference
-    if isinstance(reference, ModelReference):
-        return content_of(reference.model)
+    for other in model.reference.models:
+        return content_of(other)
     return content_of(model.policy, model._initial_values())
 
 
@@ -102,7 +98,7 @@ def _log_probs_of_parts(
 ) -> Callable[[int], Iterator[tuple[int, np.ndarray]]]:
     """From a part's number to its pairs' places and log-probs."""
     # JAX keeps the function for a while: it must not keep the reference.
-    of_policy = not isinstance(model.reference, ModelReference)
+    of_policy = not model.reference.models
 
     @functools.partial(jax.jit, compiler_options=model.compiler_options)
     def run(trainable: Any, non_trainable: Any, batch: Any) -> Array:
@@ -134,7 +130,7 @@ def _log_probs_of_parts(
 
 def drop_reference_model(model: Any) -> None:
     """Let go of a reference whose log-probs are stored."""
-    if isinstance(model.reference, ModelReference):
+    if model.reference.models:
         replace_reference(model, PrecomputedReference())
         model.reference_choice = "precomputed"
         model._reference_was_dropped = True

@@ -12,13 +12,7 @@ from keras_dpo.distribution.sharding import check_on_mesh, sharding_table
 from keras_dpo.errors import UserError, UserTypeError
 from keras_dpo.policies.positions import num_positions
 from keras_dpo.policies.presets import text_tokenizer_of
-from keras_dpo.references.base import (
-    ModelReference,
-    NoReference,
-    PrecomputedReference,
-    SnapshotReference,
-    vocabulary_size,
-)
+from keras_dpo.references.base import vocabulary_size
 from keras_dpo.utils.messages import say
 
 
@@ -201,7 +195,7 @@ def check_dataset(
             "per-pair weights would go to the wrong pairs. Remove the "
             "`weight` column or use another loss."
         )
-    stored = isinstance(model.reference, PrecomputedReference)
+    stored = model.reference.is_stored
     by_token = {
         "ld_alpha": loss.needs_token_log_probs,
         "The metric kl": "kl" in model._optional_metrics,
@@ -217,9 +211,7 @@ def check_dataset(
 
 def _check_positions(model: Any, dataset: PreferenceDataset) -> None:
     """Raise where a pair is longer than a model's table of positions."""
-    models = [model.policy]
-    if isinstance(model.reference, ModelReference):
-        models.append(model.reference.model)
+    models = [model.policy, *model.reference.models]
     known = [x for x in map(num_positions, models) if x is not None]
     lengths = dataset.pairs.sequence_lengths
     longest = int(lengths.argmax())
@@ -240,9 +232,7 @@ def _check_positions(model: Any, dataset: PreferenceDataset) -> None:
 
 def check_one_reference(model: Any, dataset: Any) -> None:
     """Raise where a reference model and the data both bring log-probs."""
-    was_given = model._reference_was_dropped or isinstance(
-        model.reference, ModelReference
-    )
+    was_given = model._reference_was_dropped or model.reference.models
     if model.precompute_reference and was_given and dataset.has_reference:
         raise UserError(
             "The data holds reference log-probs, and another model was given "
@@ -273,15 +263,13 @@ def report_start(
         f"Trained: {count:,} of {total:,} parameters in {len(trained)} "
         f"variables; loss {model.preference_loss!r}"
     )
-    if isinstance(reference, NoReference) and (
-        model.preference_loss.needs_reference
-    ):
+    if not reference.compares and model.preference_loss.needs_reference:
         print_fn(
             "The loss takes the reference's log-probs as zero: training is "
             "reference-free."
         )
     columns = getattr(dataset, "reference_is_summed", False)
-    if columns and not isinstance(reference, PrecomputedReference):
+    if columns and not reference.is_stored:
         print_fn(
             "Note: the data's own reference log-probs are not read; "
             "reference='precomputed' reads them."
@@ -295,8 +283,7 @@ def report_start(
             print_fn(line)
     if model.remat:
         print_fn("Decoder layers are computed again in the backward pass.")
-    online = not isinstance(reference, NoReference | PrecomputedReference)
-    if online and epochs > 1:
+    if reference.runs_online and epochs > 1:
         print_fn(
             f"The reference runs in each of {epochs} epochs; with "
             "precompute_reference=True it runs once (if it is not synced)."
@@ -334,8 +321,7 @@ def check_first_batch(model: Any, batch: dict[str, Any]) -> None:
 
     At step 0 policy and reference are one: every reward must be 0.
     """
-    reference = model.reference
-    if not isinstance(reference, SnapshotReference) or not reference.is_exact:
+    if not model.reference.begins_equal:
         return
     loss = model.preference_loss
     policy_log_probs, log_probs = model.pair_log_probs_of(batch)

@@ -27,11 +27,7 @@ from keras_dpo.errors import UserError
 from keras_dpo.losses import LossLike
 from keras_dpo.policies import lora
 from keras_dpo.references.base import (
-    ModelReference,
-    NoReference,
-    PrecomputedReference,
     Reference,
-    SnapshotReference,
     Untracked,
     replace_reference,
 )
@@ -39,6 +35,11 @@ from keras_dpo.references.initial_weights import (
     INITIAL_WEIGHTS_GONE,
     InitialWeights,
     initial_weights_kept,
+)
+from keras_dpo.references.kinds import (
+    ModelReference,
+    SnapshotReference,
+    make_reference,
 )
 from keras_dpo.references.precompute import (
     drop_reference_model,
@@ -303,17 +304,17 @@ class DPOModel(PreferenceSteps):
 
     def _build_reference(self) -> None:
         """Make the reference that the loss needs, or none."""
-        choice, loss = self.reference_choice, self.preference_loss
-        if choice == "model":
-            return
-        if choice is None or not loss.needs_reference:
-            replace_reference(self, NoReference())
-        elif choice == "precomputed":
-            replace_reference(self, PrecomputedReference())
-        else:
-            replace_reference(self, self._make_snapshot())
+        if self.reference_choice != "model":
+            replace_reference(
+                self,
+                make_reference(
+                    self.reference_choice,
+                    self.preference_loss,
+                    self._make_snapshot,
+                ),
+            )
 
-    def _make_snapshot(self) -> SnapshotReference:
+    def _make_snapshot(self) -> Reference:
         """The one snapshot of the initial weights, made when first needed."""
         if self._snapshot is None:
             snapshot = SnapshotReference(
@@ -433,8 +434,8 @@ class DPOModel(PreferenceSteps):
             self._fitting = False
             self._forget_initial_weights()
             run.end()
-        compares = self.preference_loss.needs_reference and not isinstance(
-            self.reference, NoReference
+        compares = (
+            self.preference_loss.needs_reference and self.reference.compares
         )
         if valid is not None and verbose and compares:
             warn_of_swapped_pairs(history.history, valid.num_pairs)
@@ -584,8 +585,7 @@ class DPOModel(PreferenceSteps):
     def _fill_in_reference(self, *views: PreferenceDataset) -> None:
         """Give views their stored reference log-probs, if it is precomputed."""
         missing = [view for view in views if not view.has_reference]
-        is_none = isinstance(self.reference, NoReference)
-        if missing and self.precompute_reference and not is_none:
+        if missing and self.precompute_reference and self.reference.compares:
             fill_in_reference(self, missing)
 
     def _in_rows(
@@ -602,12 +602,9 @@ class DPOModel(PreferenceSteps):
         """Rows for the attention that the policy and reference run."""
         longest = dataset.longest_sequence
         if self._attention_windows is None:
-            models = [self.policy]
-            if isinstance(self.reference, ModelReference):
-                models.append(self.reference.model)
             self._attention_windows = {
                 settings.window
-                for model in models
+                for model in (self.policy, *self.reference.models)
                 for settings in layer_settings(model.backbone)
             }
         fused = self.execution.attention == "fused"
@@ -666,7 +663,8 @@ class DPOModel(PreferenceSteps):
             "precompute_reference": self.precompute_reference,
             "reference_cache": self.reference_cache,
             "snapshot_dtype": self.snapshot_dtype,
-            "keeps_snapshot": isinstance(self.reference, SnapshotReference),
+            "keeps_snapshot": self.reference is not None
+            and self.reference.keeps_snapshot,
             **self._execution_choices,
             "remat": self.remat_choice,
         }
@@ -702,7 +700,8 @@ class DPOModel(PreferenceSteps):
         """What the reference is made of; it is kept with the weights."""
         return {
             "has_trained": self.has_trained,
-            "has_snapshot": isinstance(self.reference, SnapshotReference),
+            "has_snapshot": self.reference is not None
+            and self.reference.keeps_snapshot,
             "content": self._reference_content,
             "was_dropped": self._reference_was_dropped,
         }
@@ -714,7 +713,9 @@ class DPOModel(PreferenceSteps):
             UserError: They came with a snapshot that this model has no place
                 for, or without one that it needs.
         """
-        has_snapshot = isinstance(self.reference, SnapshotReference)
+        has_snapshot = (
+            self.reference is not None and self.reference.keeps_snapshot
+        )
         if origin["has_snapshot"] and not has_snapshot:
             raise UserError(
                 "The file holds a snapshot of the initial weights, and the "

@@ -13,11 +13,6 @@ import numpy as np
 
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution.processes import data_parallel_size
-from keras_dpo.references.base import (
-    ModelReference,
-    PrecomputedReference,
-    SnapshotReference,
-)
 
 MIB = 2**20
 
@@ -83,7 +78,7 @@ def memory_report(model: Any, dataset: PreferenceDataset) -> MemoryReport:
         dataset: As `fit` prepares it.
     """
     batch = longest_batch(dataset)
-    if isinstance(model.reference, PrecomputedReference):
+    if model.reference.is_stored:
         zeros = np.zeros(batch["completion_ids"].shape, "float32")
         batch.setdefault("reference_log_probs", zeros)
     state = [
@@ -157,7 +152,7 @@ def _flops(model: Any, tokens: int, scored: int) -> float:
     A frozen kernel needs one gradient less; a reference that runs is one more
     pass forward; layers that are computed again another.
     """
-    online = isinstance(model.reference, ModelReference | SnapshotReference)
+    online = model.reference.runs_online
     embedding = getattr(
         getattr(model.policy, "backbone", None), "token_embedding", None
     )

@@ -18,7 +18,6 @@ from keras_dpo.distribution.processes import (
     whole_on_devices,
 )
 from keras_dpo.losses import PairLogProbs, PreferenceLoss
-from keras_dpo.references.base import NoReference
 from keras_dpo.scoring.execution import Execution
 from keras_dpo.scoring.flat_products import transposes_before
 from keras_dpo.scoring.log_probs import (
@@ -294,7 +293,7 @@ class PreferenceSteps(keras.Model):
             "rejected_reward": rewards[:, 1],
             "reward_margin": rewards[:, 0] - rewards[:, 1],
         }
-        if not isinstance(self.reference, NoReference):
+        if self.reference.compares:
             outputs["reference_chosen_log_prob"] = reference.chosen
             outputs["reference_rejected_log_prob"] = reference.rejected
         return whole_on_devices(outputs), non_trainable
