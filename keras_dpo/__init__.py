@@ -34,6 +34,7 @@ from keras_dpo.policies.generation import generate  # noqa: E402
 from keras_dpo.data.preprocessor import DPOPreprocessor  # noqa: E402
 from keras_dpo.policies.presets import load_policy, save_policy  # noqa: E402
 from keras_dpo.runs.train import train  # noqa: E402
+from keras_dpo.scoring.execution import Execution  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "DPOConfig",
     "DPOModel",
     "DPOPreprocessor",
+    "Execution",
     "PreferenceDataset",
     "callbacks",
     "data",

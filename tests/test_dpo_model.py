@@ -12,7 +12,7 @@ from chat_tokenizer import make_chat_tokenizer
 from conftest import ORACLE, ROOT, random_pairs, tiny_policy, values_of
 
 import keras_dpo
-from keras_dpo import DPOModel, PreferenceDataset, losses
+from keras_dpo import DPOModel, Execution, PreferenceDataset, losses
 from keras_dpo.training.checks import check_first_batch, steps_done
 
 LN2 = float(np.log(2))
@@ -28,7 +28,8 @@ def dataset(count=8, batch_size=4, **options):
 def compiled(
     policy=None, loss="sigmoid", rate=0.1, attention="auto", **options
 ):
-    model = DPOModel(policy or tiny_policy(), attention=attention)
+    execution = Execution(attention=attention)
+    model = DPOModel(policy or tiny_policy(), execution=execution)
     model.compile(optimizer=keras.optimizers.SGD(rate), loss=loss, **options)
     return model
 
@@ -257,7 +258,9 @@ def test_a_running_mean_over_micro_batches_equals_float64(name):
     """
     ema = {"delta": "ema"} if name == "bco_pair" else {}
     model = DPOModel(
-        tiny_policy(), reference=tiny_policy(seed=1), attention="keras"
+        tiny_policy(),
+        reference=tiny_policy(seed=1),
+        execution=Execution(attention="keras"),
     )
     loss = losses.get(name, beta=0.7, momentum=0.8, **ema)
     model.compile(

@@ -9,16 +9,19 @@ import pytest
 from conftest import random_pairs, tiny_policy, values_of
 
 import keras_dpo
-from keras_dpo import DPOModel, losses
+from keras_dpo import DPOModel, Execution, losses
 
-PLAIN = {"attention": "keras", "split_head": False}
+PLAIN = {"execution": Execution(attention="keras", split_head=False)}
 PATHS = {
-    "default": {},
-    "packing off": {"packing": False},
-    "prompt sharing off": {"prompt_sharing": False},
-    "fused attention": {"attention": "fused"},
-    "layers computed again": {"remat": "layers"},
-    "split head on padded sequences": {"attention": "keras"},
+    name: {"execution": execution}
+    for name, execution in {
+        "default": Execution(),
+        "packing off": Execution(packing=False),
+        "prompt sharing off": Execution(prompt_sharing=False),
+        "fused attention": Execution(attention="fused"),
+        "layers computed again": Execution(remat="layers"),
+        "split head on padded sequences": Execution(attention="keras"),
+    }.items()
 }
 
 
@@ -167,10 +170,12 @@ def test_what_cannot_be_is_told():
     assert not model.execution.in_rows
     assert "not among the families" in model.execution.notes[0]
     with pytest.raises(ValueError, match="packing.*needs packed rows"):
-        DPOModel(plain, packing=True)
+        DPOModel(plain, execution=Execution(packing=True))
     with pytest.raises(ValueError, match="dropout"):
         DPOModel(
-            tiny_policy(dropout=0.1), disable_dropout=False, prompt_sharing=True
+            tiny_policy(dropout=0.1),
+            disable_dropout=False,
+            execution=Execution(prompt_sharing=True),
         )
     assert not DPOModel(
         tiny_policy(dropout=0.1), disable_dropout=False
@@ -180,9 +185,13 @@ def test_what_cannot_be_is_told():
         {"packing": "yes"},
         {"remat": True},
         {"remat": "layers", "split_head": False},
+        {"attention": "keras", "packing": True},
+    ):
+        with pytest.raises(ValueError, match="Received"):
+            DPOModel(tiny_policy(), execution=Execution(**mistake))
+    for mistake in (
         {"reference": None, "precompute_reference": True},
         {"reference_cache": "somewhere"},
-        {"attention": "keras", "packing": True},
     ):
         with pytest.raises(ValueError, match="Received"):
             DPOModel(tiny_policy(), **mistake)
@@ -198,7 +207,7 @@ def test_layers_are_computed_again_where_memory_is_short(monkeypatch):
         model = DPOModel(tiny_policy())
         model.compile()
         model.fit(records, batch_size=4, verbose=0)
-        assert model.remat is expected
+        assert model.execution.rematerializes is expected
 
 
 @pytest.mark.slow
@@ -217,13 +226,14 @@ def test_rows_compile_once_per_length():
 
     model.train_step = counted
     model.fit(data, epochs=3, verbose=0)
-    prepared = model._prepare(data, epochs=3)
+    prepared = model._in_rows(model._view_of(data), epochs=3)
     assert len(traces) == len(set(traces)) == len(prepared.packing.lengths)
 
 
 def test_config_keeps_the_choices():
-    model = DPOModel(tiny_policy(), packing=False, remat="layers")
+    execution = Execution(packing=False, remat="layers")
+    model = DPOModel(tiny_policy(), execution=execution)
     again = DPOModel.from_config(model.get_config())
     assert again.execution == model.execution
-    assert again.remat_choice == "layers"
-    assert again.remat
+    assert not again.execution.packing
+    assert again.execution.rematerializes

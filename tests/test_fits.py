@@ -6,7 +6,13 @@ import pytest
 from conftest import on_eight_devices, random_pairs, tiny_policy
 from test_callbacks import NumberTokenizer
 
-from keras_dpo import DPOModel, DPOPreprocessor, PreferenceDataset, generate
+from keras_dpo import (
+    DPOModel,
+    DPOPreprocessor,
+    Execution,
+    PreferenceDataset,
+    generate,
+)
 from keras_dpo.callbacks import GenerationSamples
 from keras_dpo.policies.generation import generate_ids
 from keras_dpo.policies.positions import num_positions
@@ -49,7 +55,10 @@ def test_pairs_beyond_the_table_of_positions(family, packing):
     policy = positioned(family)
     assert num_positions(policy) == POSITIONS
     model = DPOModel(
-        policy, packing=packing, attention="auto" if packing else "keras"
+        policy,
+        execution=Execution(
+            packing=packing, attention="auto" if packing else "keras"
+        ),
     )
     model.compile("sgd")
     options = {"batch_size": 1, "buckets": [POSITIONS], "verbose": False}
@@ -70,7 +79,7 @@ def test_pairs_beyond_the_table_of_positions(family, packing):
 
 
 def test_a_bucket_beyond_the_table_of_positions():
-    model = DPOModel(positioned(), attention="keras")
+    model = DPOModel(positioned(), execution=Execution(attention="keras"))
     model.compile("sgd")
     data = PreferenceDataset([pair_of(8)], batch_size=1, verbose=False)
     with pytest.raises(ValueError, match="bucket of 64 tokens, 32 positions"):

@@ -20,6 +20,7 @@ from keras_dpo.data import read_rows
 from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.errors import UserError
 from keras_dpo.runs.cli import main
+from keras_dpo.training.checks import check_dataset
 
 TRIES = int(os.environ.get("KERAS_DPO_FUZZ", 100))
 LIMITS = settings(
@@ -102,7 +103,7 @@ def sound_or_refused(source, **options):
         dataset = PreferenceDataset(
             source, preprocessor(**options), batch_size=2, verbose=False
         )
-        dataset.check_fits(model())
+        check_dataset(model(), dataset)
     except UserError as error:
         return bool(str(error).strip()) and None
     for indices in dataset.all_batches():

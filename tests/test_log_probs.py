@@ -8,13 +8,13 @@ import pytest
 from conftest import ROOT, VOCABULARY, random_pairs, tiny_policy
 
 from keras_dpo.data.dataset import PreferenceDataset
-from keras_dpo.scoring.log_probs import (
+from keras_dpo.scoring.execution import (
+    PACKED_FAMILIES,
     SPLIT_FAMILIES,
+    Execution,
     can_split_head,
-    completion_mask,
-    completion_statistics,
 )
-from keras_dpo.scoring.packed_backbone import PACKED_FAMILIES
+from keras_dpo.scoring.log_probs import completion_mask, completion_statistics
 from keras_dpo.scoring.vocabulary_head import token_statistics
 
 COMMON = {"vocabulary_size": VOCABULARY, "num_layers": 2}
@@ -145,7 +145,7 @@ def test_split_head_equals_the_whole_model(case):
         mapping = zip(policy.trainable_variables, values, strict=True)
         with keras.StatelessScope(state_mapping=list(mapping)):
             log_probs = completion_statistics(
-                policy, batch, split_head=split_head
+                policy, batch, Execution(split_head=split_head)
             ).log_probs
         return jnp.sum(log_probs * mask), log_probs * mask
 
@@ -208,7 +208,9 @@ def test_any_keras_model_gives_log_probs():
         pairs, batch_size=2, shuffle=False, verbose=False
     )
     batch = dataset[0]
-    found = completion_statistics(model, batch, split_head=False).log_probs
+    found = completion_statistics(
+        model, batch, Execution(split_head=False)
+    ).log_probs
     for row, pair in enumerate(pairs):
         for side, name in enumerate(("chosen_ids", "rejected_ids")):
             whole = pair["prompt_ids"] + pair[name]

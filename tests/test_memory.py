@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment, random_pairs, tiny_policy
 
-from keras_dpo import DPOConfig, DPOModel
+from keras_dpo import DPOConfig, DPOModel, Execution
 from keras_dpo.runs.train import plan
 from keras_dpo.training.memory import extrapolate, kept_by_layers
 
@@ -45,7 +45,10 @@ def test_report_is_what_the_compiled_step_takes():
 
 @pytest.mark.slow
 def test_layers_computed_again_take_less_memory():
-    kept, again = report(layers=8), report(layers=8, remat="layers")
+    kept, again = (
+        report(layers=8),
+        report(layers=8, execution=Execution(remat="layers")),
+    )
     assert again.temporary < 0.6 * kept.temporary
     assert again.flops > kept.flops
 
@@ -53,7 +56,10 @@ def test_layers_computed_again_take_less_memory():
 @pytest.mark.slow
 def test_estimate_of_what_layers_keep():
     """Not below the truth and not far above: `remat="auto"` decides by it."""
-    kept, again = report(layers=8), report(layers=8, remat="layers")
+    kept, again = (
+        report(layers=8),
+        report(layers=8, execution=Execution(remat="layers")),
+    )
     saved = kept.temporary - again.temporary
     estimate = kept_by_layers(tiny_policy(layers=8), kept.tokens)
     assert saved < estimate < 2 * saved

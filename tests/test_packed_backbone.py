@@ -12,8 +12,9 @@ from test_log_probs import FAMILIES, make
 
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import Packing
+from keras_dpo.scoring.execution import PACKED_FAMILIES, Execution
 from keras_dpo.scoring.log_probs import completion_mask, completion_statistics
-from keras_dpo.scoring.packed_backbone import PACKED_FAMILIES, layer_settings
+from keras_dpo.scoring.packed_backbone import layer_settings
 
 CASES = [case for case in FAMILIES if FAMILIES[case][0] in PACKED_FAMILIES]
 LAYOUTS = {
@@ -44,14 +45,14 @@ def batches(policy, layout, pairs=5):
     return dataset.make_batch(order), packed.make_batch(order)
 
 
-def gradient_of(policy, split_head=True, remat=False):
+def gradient_of(policy, split_head=True, remat="none"):
     values = [v.value for v in policy.trainable_variables]
 
     def total(values, batch):
         mapping = zip(policy.trainable_variables, values, strict=True)
         with keras.StatelessScope(state_mapping=list(mapping)):
             log_probs = completion_statistics(
-                policy, batch, split_head=split_head, remat=remat
+                policy, batch, Execution(split_head=split_head, remat=remat)
             ).log_probs
         log_probs = log_probs * completion_mask(
             jax.tree.map(jnp.asarray, batch)
@@ -103,7 +104,7 @@ def test_layers_computed_again_give_the_same(in_rows):
     policy = tiny_policy()
     batch = batches(policy, {})[in_rows]
     assert_same(
-        gradient_of(policy, remat=True)(batch), gradient_of(policy)(batch)
+        gradient_of(policy, remat="layers")(batch), gradient_of(policy)(batch)
     )
 
 

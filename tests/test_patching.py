@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import random_pairs, tiny_policy, values_of
 
-from keras_dpo import DPOModel, PreferenceDataset
+from keras_dpo import DPOModel, Execution, PreferenceDataset
 from keras_dpo.compat.patching import current, patched
 
 
@@ -190,7 +190,9 @@ def test_two_fits_in_threads_equal_two_after_each_other():
     """With rows and with padded sequences, and nothing stays patched."""
 
     def make(attention):
-        model = DPOModel(tiny_policy(), attention=attention)
+        model = DPOModel(
+            tiny_policy(), execution=Execution(attention=attention)
+        )
         model.compile(keras.optimizers.SGD(0.1))
         return model
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import random_pairs, tiny_policy, values_of
 
-from keras_dpo import DPOModel, DPOPreprocessor, PreferenceDataset
+from keras_dpo import DPOModel, DPOPreprocessor, Execution, PreferenceDataset
 from keras_dpo.callbacks import MetricsFile, TrainingBackup
 from keras_dpo.runs.schedules import WarmupThenDecay
 from keras_dpo.training.state import differences
@@ -459,7 +459,7 @@ def test_validation_on_the_training_pairs_sees_them_all(attention, tmp_path):
         options = {
             "x": pairs,
             "validation_data": pairs,
-            "model": model_of(attention=attention),
+            "model": model_of(execution=Execution(attention=attention)),
         }
         if crash_after is not None:
             return crash(directory, crash_after, **options)

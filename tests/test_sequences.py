@@ -12,7 +12,7 @@ import pytest
 from conftest import random_pairs, tiny_policy
 
 import keras_dpo
-from keras_dpo import DPOModel, PreferenceDataset
+from keras_dpo import DPOModel, Execution, PreferenceDataset
 from keras_dpo.errors import UserError
 
 LN2 = float(np.log(2))
@@ -279,7 +279,7 @@ def test_a_number_type_that_a_config_does_not_hold_is_told(tmp_path):
     policy.backbone.transformer_layers[0].dtype_policy = "mixed_bfloat16"
     for layer in policy.backbone.transformer_layers[0]._flatten_layers():
         layer.dtype_policy = "mixed_bfloat16"
-    model = compiled(policy, attention="keras")
+    model = compiled(policy, execution=Execution(attention="keras"))
     model.save(tmp_path / "model.keras")
     with pytest.raises(Exception, match="number types that its config"):
         keras.models.load_model(tmp_path / "model.keras")

@@ -16,10 +16,10 @@ from keras_dpo.references.base import (
     VariableValues,
     vocabulary_size,
 )
+from keras_dpo.scoring.execution import Execution, can_split_head
 from keras_dpo.scoring.log_probs import (
     Array,
     Batch,
-    can_split_head,
     completion_statistics,
 )
 
@@ -38,13 +38,13 @@ class SnapshotReference(Reference):
         self,
         policy: keras.Model,
         initial_values: list[Array],
-        split_head: bool,
+        execution: Execution,
         snapshot_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._policy = Untracked(policy)
-        self.split_head = split_head
+        self.execution = execution.without_remat()
         self.snapshot = [
             _snapshot(variable, value, snapshot_dtype or variable.dtype)
             for variable, value in zip(
@@ -66,7 +66,7 @@ class SnapshotReference(Reference):
         ]
         with keras.StatelessScope(state_mapping=[*values, *swapped]):
             return completion_statistics(
-                self._policy.value, batch, split_head=self.split_head
+                self._policy.value, batch, self.execution
             ).log_probs
 
     def variable_pairs(self) -> list[tuple[keras.Variable, keras.Variable]]:
@@ -146,6 +146,7 @@ class ModelReference(Reference):
                 "the reference. Use a reference with the policy's tokenizer."
             )
         self.model = model
+        self.execution = Execution(split_head=can_split_head(model))
         held = {id(v.value) for v in policy.variables}
         for variable in model.variables:
             if id(variable.value) in held:
@@ -155,7 +156,7 @@ class ModelReference(Reference):
     def token_log_probs(self, values: VariableValues, batch: Batch) -> Array:
         with keras.StatelessScope(state_mapping=values):
             return completion_statistics(
-                self.model, batch, split_head=can_split_head(self.model)
+                self.model, batch, self.execution
             ).log_probs
 
     def variable_pairs(self) -> list[tuple[keras.Variable, keras.Variable]]:

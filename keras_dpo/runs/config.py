@@ -53,7 +53,7 @@ class DPOConfig:
         attn_mechanism: `vanilla` switches Keras' flash attention off, `flash`
             lets Keras use it where the device can, `auto` leaves Keras'
             setting alone.
-        attention: `auto`, `blocks`, `fused` or `keras`; see `DPOModel`.
+        attention: `auto`, `blocks`, `fused` or `keras`; see `Execution`.
         packing: Whether all pairs of a step stand in one row without padding:
             `auto` (where proven), `true` or `false`.
         prompt_sharing: Whether a prompt is computed once per pair: `auto`

@@ -40,6 +40,7 @@ from keras_dpo.policies.presets import (
 from keras_dpo.runs.config import DPOConfig
 from keras_dpo.runs.report import write_report
 from keras_dpo.runs.schedules import WarmupThenDecay
+from keras_dpo.scoring.execution import Execution
 from keras_dpo.training.checks import check_same_ids, describe_text
 from keras_dpo.training.dpo_model import DPOModel
 from keras_dpo.training.memory import MemoryReport, extrapolate
@@ -445,10 +446,12 @@ def make_model(
         precompute_reference=config.reference == "precomputed",
         reference_cache=config.reference_cache,
         disable_dropout=config.disable_dropout,
-        packing=choices[config.packing],
-        prompt_sharing=choices[config.prompt_sharing],
-        attention=config.attention,
-        remat=config.remat,
+        execution=Execution(
+            packing=choices[config.packing],
+            prompt_sharing=choices[config.prompt_sharing],
+            attention=config.attention,
+            remat=config.remat,
+        ),
     )
 
 

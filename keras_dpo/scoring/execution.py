@@ -1,4 +1,4 @@
-"""Which fast paths a policy is run on, and why not."""
+"""`Execution`: which fast paths a policy is run on, and why not."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,105 +7,213 @@ import jax
 import keras
 
 from keras_dpo.errors import UserError
-from keras_dpo.scoring.log_probs import can_split_head
-from keras_dpo.scoring.packed_backbone import PACKED_FAMILIES
 
 AUTO = "auto"
 Choice = bool | str
 
+# Families whose CausalLM is exactly `token_embedding(backbone(x), reverse)`:
+# tests/test_log_probs.py proves each.
+SPLIT_FAMILIES = (
+    "Bloom",
+    "Falcon",
+    "Gemma",
+    "Gemma3",
+    "GPT2",
+    "GPTNeoX",
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "Mixtral",
+    "OPT",
+    "Phi3",
+    "Qwen",
+    "Qwen3",
+    "SmolLM3",
+)
+
+# Families proven to give the plain path's values and gradients, by
+# tests/test_packed_backbone.py.
+PACKED_FAMILIES = (
+    "Gemma",
+    "Gemma3",
+    "GPT2",
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "OPT",
+    "Phi3",
+    "Qwen",
+    "Qwen3",
+    "SmolLM3",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How the policy runs on a batch; every choice gives the same numbers.
+    """How a policy runs on a batch; every choice gives the same numbers.
+
+    `"auto"` takes a fast path where the policy's family is proven. What a
+    model runs, `DPOModel.execution`, holds no `"auto"` but that of `remat`,
+    which `fit` decides when it sees the data.
 
     Args:
-        split_head: Whether logits are computed of completion tokens alone.
-        packing: Whether all pairs stand in one row without padding.
-        prompt_sharing: Whether a prompt is computed once per pair.
-        attention: `"blocks"` and `"fused"` keep no scores and take packed
-            rows; `"keras"` is the family's own, on padded sequences.
-        notes: What was asked for or usual and is off, and why.
+        split_head: Whether logits are computed for completion tokens alone;
+            False takes them from the whole output.
+        packing: Whether all pairs of a step are packed into one row without
+            padding; False, one row per pair.
+        prompt_sharing: Whether a prompt is computed once per pair; False, with
+            each completion.
+        attention: `"blocks"` (loops over blocks of keys, for CPU) and
+            `"fused"` (`jax.nn.dot_product_attention` on GPU, the splash kernel
+            on TPU) materialize no scores; `"keras"` is the family's own
+            attention, on padded sequences: no packing, no sharing.
+        remat: `"layers"` rematerializes each decoder layer in the backward
+            pass instead of keeping its activations; `"none"`; `"auto"`, layers
+            where the step would not fit the memory otherwise.
+        notes: Fast paths that are off, and why; filled in by `resolve`.
+
+    Raises:
+        ValueError: A choice is not one of these.
+
+    Example:
+
+    >>> Execution(packing=False).attention
+    'auto'
     """
 
-    split_head: bool
-    packing: bool
-    prompt_sharing: bool
-    attention: str
-    notes: tuple[str, ...] = ()
+    split_head: Choice = AUTO
+    packing: Choice = AUTO
+    prompt_sharing: Choice = AUTO
+    attention: str = AUTO
+    remat: str = AUTO
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("split_head", "packing", "prompt_sharing"):
+            value = getattr(self, name)
+            if value not in (AUTO, True, False):
+                raise UserError(
+                    f"`{name}` must be 'auto', True or False. Received: "
+                    f"{value!r}."
+                )
+        for name, known in (
+            ("attention", (AUTO, "blocks", "fused", "keras")),
+            ("remat", (AUTO, "none", "layers")),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(
+                    f"`{name}` must be one of {known}. Received: {value!r}."
+                )
+
+    def get_config(self) -> dict[str, Choice]:
+        """The choices, as arguments."""
+        config = dataclasses.asdict(self)
+        del config["notes"]
+        return config
 
     @property
     def in_rows(self) -> bool:
         """Whether batches are rows of `data.packing`."""
         return self.attention != "keras"
 
+    @property
+    def rematerializes(self) -> bool:
+        """Whether decoder layers are rematerialized in the backward pass."""
+        return self.remat == "layers"
 
-def choose_execution(
-    policy: keras.Model,
-    reference: keras.Model | None,
-    disable_dropout: bool,
-    split_head: Choice = AUTO,
-    packing: Choice = AUTO,
-    prompt_sharing: Choice = AUTO,
-    attention: str = AUTO,
-) -> Execution:
-    """Fast paths where they are proven; see `DPOModel` for the arguments.
+    def without_remat(self) -> "Execution":
+        """The same run, of which no gradient is taken."""
+        return dataclasses.replace(self, remat="none")
 
-    Raises:
-        ValueError: A path was asked for that the model cannot take.
-    """
-    _check_choices(split_head, packing, prompt_sharing, attention)
-    models = [m for m in (policy, reference) if m is not None]
-    can_split = can_split_head(policy)
-    if split_head is True and not can_split:
-        raise UserError(
-            "split_head=True needs a family whose head is proven to split. "
-            f"Received: {type(policy).__name__}. Use split_head='auto'."
-        )
-    asked = {
-        "packing": packing is True,
-        "prompt_sharing": prompt_sharing is True,
-        "attention": attention in ("blocks", "fused"),
-    }
-    plain = attention == "keras" or split_head is False
-    why_not = (
-        "attention='keras' and split_head=False take padded sequences"
-        if plain
-        else _why_not_in_rows(models, disable_dropout)
-    )
-    split = can_split and split_head is not False
-    if why_not:
-        names = [name for name, is_asked in asked.items() if is_asked]
-        if names:
+    def resolve(
+        self,
+        policy: keras.Model,
+        others: Sequence[keras.Model],
+        disable_dropout: bool,
+    ) -> "Execution":
+        """Decide what is `"auto"`, by what the models are.
+
+        Args:
+            policy: The policy.
+            others: Models that run on the same batches: a reference.
+            disable_dropout: Whether dropout is off while training.
+
+        Raises:
+            ValueError: A path was asked for that a model cannot take.
+        """
+        resolved = self._resolve_rows(policy, others, disable_dropout)
+        why_not = None
+        if not resolved.split_head:
+            why_not = "the policy runs as a whole, without a split head"
+        elif _dropout(policy) and not disable_dropout:
+            why_not = "dropout would be drawn twice"
+        if self.remat == "layers" and why_not:
             raise UserError(
-                f"`{names[0]}` needs packed rows. Received: {why_not}. Leave "
-                f"{names[0]} at 'auto'."
+                f"remat='layers' cannot be: {why_not}. Received: "
+                f"split_head={resolved.split_head}, disable_dropout="
+                f"{disable_dropout}. Use remat='none'."
             )
-        notes = () if plain else (f"Padded sequences, not rows: {why_not}.",)
-        return Execution(split, False, False, "keras", notes)
-    if attention == AUTO:
-        attention = "blocks" if jax.default_backend() == "cpu" else "fused"
-    return Execution(
-        split, packing is not False, prompt_sharing is not False, attention
-    )
+        return resolved.without_remat() if why_not else resolved
 
-
-def _check_choices(
-    split_head: Choice, packing: Choice, prompt_sharing: Choice, attention: str
-) -> None:
-    for name, value in (
-        ("split_head", split_head),
-        ("packing", packing),
-        ("prompt_sharing", prompt_sharing),
-    ):
-        if value not in (AUTO, True, False):
+    def _resolve_rows(
+        self,
+        policy: keras.Model,
+        others: Sequence[keras.Model],
+        disable_dropout: bool,
+    ) -> "Execution":
+        """Decide all but `remat`."""
+        if self.split_head is True and not can_split_head(policy):
             raise UserError(
-                f"`{name}` must be 'auto', True or False. Received: {value!r}."
+                "split_head=True needs a family whose head is proven to split. "
+                f"Received: {type(policy).__name__}. Use split_head='auto'."
             )
-    known = (AUTO, "blocks", "fused", "keras")
-    if attention not in known:
-        raise UserError(
-            f"`attention` must be one of {known}. Received: {attention!r}."
+        split_head = can_split_head(policy) and self.split_head is not False
+        plain = self.attention == "keras" or self.split_head is False
+        why_not = (
+            "attention='keras' and split_head=False take padded sequences"
+            if plain
+            else _why_not_in_rows([policy, *others], disable_dropout)
         )
+        if why_not is None:
+            attention = self.attention
+            if attention == AUTO:
+                is_cpu = jax.default_backend() == "cpu"
+                attention = "blocks" if is_cpu else "fused"
+            return dataclasses.replace(
+                self,
+                split_head=split_head,
+                packing=self.packing is not False,
+                prompt_sharing=self.prompt_sharing is not False,
+                attention=attention,
+            )
+        for name, is_asked_for in (
+            ("packing", self.packing is True),
+            ("prompt_sharing", self.prompt_sharing is True),
+            ("attention", self.attention in ("blocks", "fused")),
+        ):
+            if is_asked_for:
+                raise UserError(
+                    f"`{name}` needs packed rows. Received: {why_not}. Leave "
+                    f"{name} at 'auto'."
+                )
+        note = f"Using padded sequences instead of packed rows: {why_not}."
+        return dataclasses.replace(
+            self,
+            split_head=split_head,
+            packing=False,
+            prompt_sharing=False,
+            attention="keras",
+            notes=() if plain else (note,),
+        )
+
+
+def can_split_head(policy: keras.Model) -> bool:
+    """Whether the vocabulary product can run on chosen positions alone."""
+    name = type(policy).__name__.removesuffix("CausalLM")
+    backbone = getattr(policy, "backbone", None)
+    embedding = getattr(backbone, "token_embedding", None)
+    return name in SPLIT_FAMILIES and hasattr(embedding, "logit_soft_cap")
 
 
 def _why_not_in_rows(
@@ -119,35 +227,10 @@ def _why_not_in_rows(
             return f"{name} is not among the families proven for them"
         if getattr(model.backbone, "rope_scaling_type", None) == "su":
             return "Phi3's long-context scaling depends on the padded length"
-        dropout: float = getattr(model.backbone, "dropout", 0.0)
-        if dropout and not disable_dropout:
+        if _dropout(model) and not disable_dropout:
             return "disable_dropout=False, and rows have no attention dropout"
     return None
 
 
-def check_remat(
-    remat: str, policy: keras.Model, execution: Execution, disable_dropout: bool
-) -> bool:
-    """Whether layers can be computed again, as one of three choices asks.
-
-    Raises:
-        ValueError: It is none of the three, or `"layers"` cannot be.
-    """
-    if remat not in ("none", "layers", "auto"):
-        raise UserError(
-            f"`remat` must be 'none', 'layers' or 'auto'. Received: {remat!r}."
-        )
-    why_not = None
-    backbone = getattr(policy, "backbone", None)
-    dropout: float = getattr(backbone, "dropout", 0.0)
-    if not execution.split_head:
-        why_not = "the policy runs as a whole, without a split head"
-    elif dropout and not disable_dropout:
-        why_not = "dropout would be drawn twice"
-    if remat == "layers" and why_not:
-        raise UserError(
-            f"remat='layers' cannot be: {why_not}. Received: "
-            f"split_head={execution.split_head}, disable_dropout="
-            f"{disable_dropout}. Use remat='none'."
-        )
-    return why_not is None
+def _dropout(model: keras.Model) -> float:
+    return getattr(getattr(model, "backbone", None), "dropout", 0.0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_dpo.scoring.execution import Execution
 from keras_dpo.scoring.packed_backbone import packed_hidden_states, run_layers
 from keras_dpo.scoring.vocabulary_head import (
     TokenStatistics,
@@ -22,33 +23,7 @@ from keras_dpo.scoring.vocabulary_head import (
 Array = jax.Array
 Batch = dict[str, Array]
 
-# Families whose CausalLM is exactly `token_embedding(backbone(x), reverse)`:
-# tests/test_log_probs.py proves each.
-SPLIT_FAMILIES = (
-    "Bloom",
-    "Falcon",
-    "Gemma",
-    "Gemma3",
-    "GPT2",
-    "GPTNeoX",
-    "Llama",
-    "Llama3",
-    "Mistral",
-    "Mixtral",
-    "OPT",
-    "Phi3",
-    "Qwen",
-    "Qwen3",
-    "SmolLM3",
-)
-
-
-def can_split_head(policy: keras.Model) -> bool:
-    """Whether the vocabulary product can run on chosen positions alone."""
-    name = type(policy).__name__.removesuffix("CausalLM")
-    backbone = getattr(policy, "backbone", None)
-    embedding = getattr(backbone, "token_embedding", None)
-    return name in SPLIT_FAMILIES and hasattr(embedding, "logit_soft_cap")
+SPLIT_HEAD = Execution(split_head=True)
 
 
 def completion_mask(batch: Batch) -> Array:
@@ -59,10 +34,9 @@ def completion_mask(batch: Batch) -> Array:
 def completion_statistics(
     policy: keras.Model,
     batch: Batch,
+    execution: Execution = SPLIT_HEAD,
     training: bool = False,
     wanted: Collection[str] = (),
-    split_head: bool = True,
-    remat: bool = False,
 ) -> TokenStatistics:
     """Statistics of the completion tokens, each `(pairs, 2, tokens)`.
 
@@ -76,16 +50,13 @@ def completion_statistics(
             `completion_lengths` `(pairs, 2)`, all int32, and either
             `token_ids` `(pairs, 2, length)` or the rows of
             `data.packing.pack_batch`.
+        execution: How the policy runs, resolved. (Rows are run as rows.)
         training: Whether dropout is on.
         wanted: Further fields of `TokenStatistics` to fill.
-        split_head: False computes logits of every position and reads the
-            completion's from them: the plain path.
-        remat: Whether decoder layers are computed again in the backward pass
-            instead of keeping their inner values.
     """
     batch = jax.tree.map(jnp.asarray, batch)
     if "row_ids" in batch:
-        return _row_statistics(policy, batch, wanted, remat)
+        return _row_statistics(policy, batch, execution, wanted)
     pairs, _, length = batch["token_ids"].shape
     tokens = batch["completion_ids"].shape[-1]
     totals = batch["prompt_lengths"] + batch["completion_lengths"]
@@ -103,8 +74,8 @@ def completion_statistics(
         states = states.reshape(pairs, 2, length, -1)
         return jnp.take_along_axis(states, positions, axis=2)
 
-    if split_head:
-        hidden = run_layers(policy.backbone, inputs, training, remat)
+    if execution.split_head:
+        hidden = run_layers(policy.backbone, inputs, execution, training)
         logits = head_logits(
             policy.backbone.token_embedding, at_completion(hidden)
         )
@@ -115,10 +86,13 @@ def completion_statistics(
 
 
 def _row_statistics(
-    policy: keras.Model, batch: Batch, wanted: Collection[str], remat: bool
+    policy: keras.Model,
+    batch: Batch,
+    execution: Execution,
+    wanted: Collection[str],
 ) -> TokenStatistics:
     """The same, from packed rows, in chunks of scored tokens."""
-    hidden = packed_hidden_states(policy, batch, remat)
+    hidden = packed_hidden_states(policy, batch, execution)
     states = jnp.take_along_axis(
         hidden, batch["scored_states"][..., None], axis=1
     )

@@ -23,6 +23,7 @@ from keras_dpo.distribution.processes import (
     over_rows,
     rows_on_devices,
 )
+from keras_dpo.scoring.execution import Execution
 from keras_dpo.scoring.flat_products import flat_einsum, flat_matmul
 from keras_dpo.scoring.row_attention import (
     Row,
@@ -37,33 +38,16 @@ Batch = dict[str, Array]
 # Told (settings) of each layer; a stand-in for the attention itself.
 AttentionFunction = Callable[[Array, Array, Array, Settings], Array]
 
-# Families proven to give the plain path's values and gradients, by
-# tests/test_packed_backbone.py.
-PACKED_FAMILIES = (
-    "Gemma",
-    "Gemma3",
-    "GPT2",
-    "Llama",
-    "Llama3",
-    "Mistral",
-    "OPT",
-    "Phi3",
-    "Qwen",
-    "Qwen3",
-    "SmolLM3",
-)
-
 
 def packed_hidden_states(
-    policy: keras.Model, batch: Batch, remat: bool = False
+    policy: keras.Model, batch: Batch, execution: Execution
 ) -> Array:
     """The last hidden states of every row, `(rows, length, hidden)`.
 
     Args:
         policy: A Keras-Hub `CausalLM` of `PACKED_FAMILIES`.
         batch: What `data.packing.pack_batch` returns.
-        remat: Whether each decoder layer's inner values are computed again in
-            the backward pass instead of kept.
+        execution: How the policy runs, resolved.
     """
     rows, length = batch["row_ids"].shape
     hidden = run_backbone(
@@ -71,7 +55,7 @@ def packed_hidden_states(
         batch["row_ids"].reshape(-1),
         batch["row_positions"].reshape(-1),
         _row_attention(batch),
-        remat,
+        execution,
     )
     return hidden.reshape(rows, length, -1)
 
@@ -81,7 +65,7 @@ def run_backbone(
     token_ids: Array,
     positions: Array,
     attention: AttentionFunction,
-    remat: bool = False,
+    execution: Execution,
 ) -> Array:
     """Flat tokens through the backbone, `(tokens, hidden)`."""
     from keras_hub.src.vllm.context import vllm_context_scope
@@ -120,21 +104,25 @@ def run_backbone(
         patched(ops, "matmul", flat_matmul(current(ops, "matmul"))),
         patched(ops, "einsum", flat_einsum(current(ops, "einsum"))),
     ):
-        return run_layers(backbone, inputs, False, remat)[:, 0]
+        return run_layers(backbone, inputs, execution)[:, 0]
 
 
 def run_layers(
-    backbone: keras.Model, inputs: Batch, training: bool, remat: bool
+    backbone: keras.Model,
+    inputs: Batch,
+    execution: Execution,
+    training: bool = False,
 ) -> Array:
     """The backbone on a batch, `(rows, length, hidden)`.
 
     Args:
         backbone: A Keras-Hub backbone.
         inputs: Its inputs.
+        execution: Says whether each decoder layer is rematerialized. (Keras'
+            own `keras.remat` crashes around these layers, Keras 3.15.)
         training: Whether dropout is on.
-        remat: Whether each decoder layer is a `jax.checkpoint`. (Keras' own
-            `keras.remat` crashes around these layers, Keras 3.15.)
     """
+    remat = execution.rematerializes
     if not remat and data_parallel_size() == 1:
         return backbone(inputs, training=training)
     layers = {id(layer) for layer in backbone.transformer_layers}
@@ -233,7 +221,8 @@ def layer_settings(backbone: keras.Model) -> list[Settings]:
     ids = jax.ShapeDtypeStruct((BLOCK,), "int32")
     with keras.StatelessScope():
         jax.eval_shape(
-            lambda ids: run_backbone(backbone, ids, ids, record), ids
+            lambda ids: run_backbone(backbone, ids, ids, record, Execution()),
+            ids,
         )
     return seen
 

@@ -281,8 +281,8 @@ def report_start(
     if keras.distribution.distribution() is not None:
         for line in sharding_table(model.policy.variables):
             print_fn(line)
-    if model.remat:
-        print_fn("Decoder layers are computed again in the backward pass.")
+    if model.execution.rematerializes:
+        print_fn("Decoder layers are rematerialized in the backward pass.")
     if reference.runs_online and epochs > 1:
         print_fn(
             f"The reference runs in each of {epochs} epochs; with "

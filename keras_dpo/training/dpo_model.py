@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Collection, Iterator
@@ -45,7 +46,7 @@ from keras_dpo.references.precompute import (
     drop_reference_model,
     fill_in_reference,
 )
-from keras_dpo.scoring.execution import check_remat, choose_execution
+from keras_dpo.scoring.execution import Execution
 from keras_dpo.scoring.packed_backbone import layer_settings
 from keras_dpo.training.checks import (
     check_dataset,
@@ -62,7 +63,7 @@ from keras_dpo.training.checks import (
 from keras_dpo.training.fit_run import FitRun
 from keras_dpo.training.memory import (
     MemoryReport,
-    layers_must_be_computed_again,
+    layers_must_be_rematerialized,
     memory_report,
 )
 from keras_dpo.training.metrics import make_metrics
@@ -94,19 +95,7 @@ class DPOModel(PreferenceSteps):
             at it. None: the policy's own.
         disable_dropout: Whether dropout is off in the policy while it trains.
             The reference never has dropout.
-        split_head: `"auto"` computes logits of completion tokens alone where
-            the family is proven; False takes them from the whole output.
-        packing: `"auto"` puts all pairs of a step into one row without
-            padding where the family is proven; False, one row per pair.
-        prompt_sharing: `"auto"` computes a prompt once per pair where the
-            family is proven; False, with each completion.
-        attention: `"auto"`; `"blocks"` (loops over blocks of keys, for CPU)
-            and `"fused"` (`jax.nn.dot_product_attention` on GPU, the splash
-            kernel on TPU) keep no scores; `"keras"` is the family's own
-            attention, on padded sequences: no packing, no sharing.
-        remat: `"layers"` computes each decoder layer again in the backward
-            pass instead of keeping its values; `"none"`; `"auto"`, layers where
-            the step would not fit the memory otherwise.
+        execution: Which fast paths the policy runs on; see `Execution`.
 
     Raises:
         ValueError: The policy has nothing to train, or the reference shares
@@ -132,11 +121,7 @@ class DPOModel(PreferenceSteps):
         reference_cache: str | None = None,
         snapshot_dtype: str | None = None,
         disable_dropout: bool = True,
-        split_head: bool | str = "auto",
-        packing: bool | str = "auto",
-        prompt_sharing: bool | str = "auto",
-        attention: str = "auto",
-        remat: str = "auto",
+        execution: Execution | None = None,
         **kwargs: Any,
     ) -> None:
         check_policy(policy, reference)
@@ -174,23 +159,13 @@ class DPOModel(PreferenceSteps):
             reference if isinstance(reference, str | None) else "model"
         )
         self.disable_dropout = disable_dropout
-        self._execution_choices: dict[str, Any] = {
-            "split_head": split_head,
-            "packing": packing,
-            "prompt_sharing": prompt_sharing,
-            "attention": attention,
-        }
-        self.execution = choose_execution(
-            policy,
-            reference if isinstance(reference, keras.Model) else None,
-            disable_dropout,
-            **self._execution_choices,
+        self._execution_choice = execution or Execution()
+        others = [reference] if isinstance(reference, keras.Model) else []
+        # `fit` decides on remat="auto" by the data.
+        self._resolved_execution = self._execution_choice.resolve(
+            policy, others, disable_dropout
         )
-        self._can_remat = check_remat(
-            remat, policy, self.execution, disable_dropout
-        )
-        self.remat_choice = remat
-        self.remat = remat == "layers"
+        self.execution = self._resolved_execution
         # None once training has replaced them.
         self._initial: InitialWeights | None = InitialWeights(policy)
         self._wrapped_variables = [v.path for v in policy.trainable_variables]
@@ -320,7 +295,7 @@ class DPOModel(PreferenceSteps):
             snapshot = SnapshotReference(
                 self.policy,
                 self._initial_values(),
-                self.execution.split_head,
+                self.execution,
                 self.snapshot_dtype,
             )
             self._snapshot = Untracked(snapshot)
@@ -466,8 +441,11 @@ class DPOModel(PreferenceSteps):
             )
         if self.precompute_reference:
             drop_reference_model(self)
-        if self.remat_choice == "auto" and self._can_remat:
-            self.remat = layers_must_be_computed_again(self, train)
+        if self._resolved_execution.remat == "auto":
+            must = layers_must_be_rematerialized(self, train)
+            self.execution = dataclasses.replace(
+                self._resolved_execution, remat="layers" if must else "none"
+            )
         if train.preprocessor.tokenizer is not None:
             # What it is trained on, `save_policy` keeps.
             self.policy._trained_with = train.preprocessor
@@ -611,8 +589,8 @@ class DPOModel(PreferenceSteps):
         return Packing(
             micro_batches=micro_batches,
             devices=data_parallel_size(),
-            share_prompt=self.execution.prompt_sharing,
-            pack=self.execution.packing,
+            share_prompt=self.execution.prompt_sharing is True,
+            pack=self.execution.packing is True,
             windows=tuple(
                 sorted(
                     {w if w < longest else 0 for w in self._attention_windows}
@@ -665,8 +643,7 @@ class DPOModel(PreferenceSteps):
             "snapshot_dtype": self.snapshot_dtype,
             "keeps_snapshot": self.reference is not None
             and self.reference.keeps_snapshot,
-            **self._execution_choices,
-            "remat": self.remat_choice,
+            "execution": self._execution_choice.get_config(),
         }
         if self.reference_choice == "model":
             config["reference_model"] = lora.policy_config(self.reference.model)
@@ -686,6 +663,7 @@ class DPOModel(PreferenceSteps):
             config["reference"] = keras.saving.deserialize_keras_object(
                 reference_model
             )
+        config["execution"] = Execution(**config["execution"])
         preprocessor = config.pop("preprocessor", None)
         if preprocessor is not None:
             preprocessor = DPOPreprocessor.from_config(preprocessor, policy)

@@ -161,7 +161,8 @@ def _flops(model: Any, tokens: int, scored: int) -> float:
     for variable in model.policy.variables:
         if len(variable.shape) < 2 or id(variable) in of_embedding:
             continue
-        passes = 2 + variable.trainable + online + model.remat
+        passes = 2 + variable.trainable + online
+        passes += model.execution.rematerializes
         total += 2.0 * math.prod(variable.shape) * tokens * passes
     if embedding is not None:
         # The chunked head computes a trained kernel's logits twice.
@@ -174,7 +175,7 @@ def _flops(model: Any, tokens: int, scored: int) -> float:
 # --- remat="auto" -------------------------------------------------------------
 
 
-def layers_must_be_computed_again(
+def layers_must_be_rematerialized(
     model: Any, dataset: PreferenceDataset
 ) -> bool:
     """Whether a step's kept values would not fit the device's memory."""

@@ -40,7 +40,6 @@ class PreferenceSteps(keras.Model):
     preference_loss: PreferenceLoss
     disable_dropout: bool
     execution: Execution
-    remat: bool
     gradient_accumulation_steps: int
     _pair_metrics: list[keras.metrics.Mean]
     _optional_metrics: list[str]
@@ -111,14 +110,16 @@ class PreferenceSteps(keras.Model):
             *zip(self.trainable_variables, trainable, strict=True),
             *zip(variables, non_trainable, strict=True),
         ]
+        execution = self.execution
+        if not training:
+            execution = execution.without_remat()
         with keras.StatelessScope(state_mapping=values) as scope:
             statistics = completion_statistics(
                 self.policy,
                 batch,
+                execution,
                 training=training and not self.disable_dropout,
                 wanted=wanted,
-                split_head=self.execution.split_head,
-                remat=training and self.remat,
             )
         policy = PairLogProbs(
             statistics.log_probs,

@@ -43,7 +43,7 @@ def main():
     model = keras_dpo.DPOModel(
         policy,
         preprocessor=None,
-        remat=args.remat,
+        execution=keras_dpo.Execution(remat=args.remat),
         precompute_reference=args.stored,
     )
     model.compile(keras.optimizers.AdamW(1e-6))

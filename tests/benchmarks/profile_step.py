@@ -72,12 +72,12 @@ def main():
             keras_dpo.load_policy(args.model),
             preprocessor=None,
             reference=None,
-            remat=remat,
+            execution=keras_dpo.Execution(remat=remat),
         )
         model.compile(keras.optimizers.AdamW(1e-6), loss="simpo")
         model.fit(data, verbose=0)
         models[remat] = model
-    batch = longest_batch(model._prepare(data, epochs=1))
+    batch = longest_batch(model._prepare(data))
     tokens, scored = batch["row_ids"].size, int(batch["completion_mask"].sum())
     times = collections.defaultdict(list)
     for _ in range(args.rounds):

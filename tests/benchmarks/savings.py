@@ -17,18 +17,22 @@ import keras_dpo  # isort: skip
 import keras
 from demo_pairs import add_arguments, load_pairs
 
+from keras_dpo import Execution
 from keras_dpo.policies.presets import count_layers, load_outline
 from keras_dpo.training.memory import extrapolate
 
 SWITCHES = {
     "default": {},
-    "`packing=False`": {"packing": False},
-    "`prompt_sharing=False`": {"prompt_sharing": False},
-    '`attention="keras"`': {"attention": "keras"},
-    "`split_head=False`": {"split_head": False},
+    "`packing=False`": {"execution": Execution(packing=False)},
+    "`prompt_sharing=False`": {"execution": Execution(prompt_sharing=False)},
+    '`attention="keras"`': {"execution": Execution(attention="keras")},
+    "`split_head=False`": {"execution": Execution(split_head=False)},
     "`precompute_reference=True`": {"precompute_reference": True},
-    '`remat="layers"`': {"remat": "layers"},
-    "both": {"precompute_reference": True, "remat": "layers"},
+    '`remat="layers"`': {"execution": Execution(remat="layers")},
+    "both": {
+        "precompute_reference": True,
+        "execution": Execution(remat="layers"),
+    },
     '`snapshot_dtype="bfloat16"`': {"snapshot_dtype": "bfloat16"},
     "LoRA, rank 16": {"lora_rank": 16},
 }

@@ -34,20 +34,24 @@ class Timer(keras.callbacks.Callback):
             report(seconds=seconds)
 
 
+Execution = keras_dpo.Execution
 SETTINGS = {
     "default": {},
     "stored reference": {"reference": "precomputed"},
-    "plain": {"attention": "keras", "split_head": False},
-    "plain, split head": {"attention": "keras"},
-    "no packing": {"packing": False},
-    "no prompt sharing": {"prompt_sharing": False},
-    "remat": {"remat": "layers"},
-    "stored reference, remat": {"reference": "precomputed", "remat": "layers"},
+    "plain": {"execution": Execution(attention="keras", split_head=False)},
+    "plain, split head": {"execution": Execution(attention="keras")},
+    "no packing": {"execution": Execution(packing=False)},
+    "no prompt sharing": {"execution": Execution(prompt_sharing=False)},
+    "remat": {"execution": Execution(remat="layers")},
+    "stored reference, remat": {
+        "reference": "precomputed",
+        "execution": Execution(remat="layers"),
+    },
     "bfloat16": {},
     "bfloat16, stored reference": {"reference": "precomputed"},
     "bfloat16, stored reference, remat": {
         "reference": "precomputed",
-        "remat": "layers",
+        "execution": Execution(remat="layers"),
     },
 }
 
