@@ -14,6 +14,7 @@ from conftest import ORACLE, ROOT, random_pairs, tiny_policy, values_of
 import keras_dpo
 from keras_dpo import DPOModel, Execution, PreferenceDataset, losses
 from keras_dpo.training.checks import check_first_batch, steps_done
+from keras_dpo.training.preparation import prepare
 
 LN2 = float(np.log(2))
 
@@ -440,7 +441,7 @@ def test_self_check_passes_for_every_loss():
     policy = tiny_policy(layers=1)
     for name in losses.LOSSES:
         model = compiled(policy, name)
-        train = model._prepare(dataset(4))
+        train = prepare(model, dataset(4))
         check_first_batch(model, train.make_batch(train.batch_indices(0)))
 
 

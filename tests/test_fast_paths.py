@@ -10,6 +10,7 @@ from conftest import random_pairs, tiny_policy, values_of
 
 import keras_dpo
 from keras_dpo import DPOModel, Execution, losses
+from keras_dpo.training.preparation import in_rows, view_of
 
 PLAIN = {"execution": Execution(attention="keras", split_head=False)}
 PATHS = {
@@ -226,7 +227,7 @@ def test_rows_compile_once_per_length():
 
     model.train_step = counted
     model.fit(data, epochs=3, verbose=0)
-    prepared = model._in_rows(model._view_of(data), epochs=3)
+    prepared = in_rows(model, view_of(model, data), epochs=3)
     assert len(traces) == len(set(traces)) == len(prepared.packing.lengths)
 
 

@@ -155,7 +155,7 @@ from conftest import random_pairs, tiny_policy
 import keras_dpo
 
 keras_dpo.distribution.set_mesh({"data": 8})
-model = keras_dpo.DPOModel(tiny_policy(layers=1), precompute_reference=True)
+model = keras_dpo.DPOModel(tiny_policy(layers=1), reference="precomputed")
 model.compile("sgd")
 pairs = random_pairs(16)
 said = []

@@ -68,7 +68,7 @@ def test_estimate_of_what_layers_keep():
 @pytest.mark.slow
 def test_stored_reference_and_lora_take_less():
     full = report()
-    assert report(precompute_reference=True).reference == 0
+    assert report(reference="precomputed").reference == 0
     lora = report(lora=True)
     assert lora.optimizer < 0.1 * full.optimizer
     assert lora.flops < full.flops

@@ -37,7 +37,7 @@ def test_second_run_reads_what_the_first_wrote(small_parts, tmp_path):
     records = random_pairs(30)
     model = compiled(
         tiny_policy(),
-        precompute_reference=True,
+        reference="precomputed",
         reference_cache=str(tmp_path),
     )
     directory = model.precompute(records, batch_size=4)
@@ -48,7 +48,7 @@ def test_second_run_reads_what_the_first_wrote(small_parts, tmp_path):
     before = [p.stat().st_mtime_ns for p in parts]
     again = compiled(
         tiny_policy(),
-        precompute_reference=True,
+        reference="precomputed",
         reference_cache=str(tmp_path),
     )
     scores = again.predict(records, batch_size=4, verbose=0)
@@ -168,7 +168,7 @@ def test_the_reference_leaves_memory():
 
 def test_content_names_what_it_was_computed_from(tmp_path):
     model = compiled(
-        tiny_policy(), precompute_reference=True, reference_cache=str(tmp_path)
+        tiny_policy(), reference="precomputed", reference_cache=str(tmp_path)
     )
     directory = model.precompute(random_pairs(3))
     content = json.loads((directory / "content.json").read_text())
@@ -267,7 +267,7 @@ def test_what_a_model_computes_with_is_part_of_its_store(tmp_path):
             layer_norm_epsilon=epsilon,
         )
         policy = keras_hub.models.Llama3CausalLM(backbone, None)
-        return compiled(policy, precompute_reference=True)
+        return compiled(policy, reference="precomputed")
 
     records = random_pairs(6)
     stores = [model(e).precompute(records) for e in (1e-6, 1e-1, 1e-6)]
@@ -281,16 +281,16 @@ def test_what_a_model_computes_with_is_part_of_its_store(tmp_path):
 def test_adapters_that_add_nothing_share_the_store_of_their_base():
     """`precompute` without LoRA, `train` with it."""
     records = random_pairs(6)
-    base = compiled(tiny_policy(), precompute_reference=True)
+    base = compiled(tiny_policy(), reference="precomputed")
     directory = base.precompute(records)
     policy = tiny_policy()
     policy.backbone.enable_lora(4)
-    adapted = compiled(policy, precompute_reference=True)
+    adapted = compiled(policy, reference="precomputed")
     assert adapted.precompute(records) == directory
     expected = base.predict(records, verbose=0)["reference_chosen_log_prob"]
     found = adapted.predict(records, verbose=0)["reference_chosen_log_prob"]
     np.testing.assert_array_equal(found, expected)
     for variable in policy.trainable_variables:
         variable.assign(0.1 * np.ones(variable.shape))
-    trained = compiled(policy, precompute_reference=True)
+    trained = compiled(policy, reference="precomputed")
     assert trained.precompute(records) != directory

@@ -205,7 +205,7 @@ def test_what_cannot_be_is_told():
     with pytest.raises(ValueError, match="No pair is left"):
         stream([same])
     endless = tf.data.Dataset.from_tensors({"prompt": "a"}).repeat()
-    model = DPOModel(tiny_policy(), precompute_reference=True)
+    model = DPOModel(tiny_policy(), reference="precomputed")
     model.compile()
     with pytest.raises(ValueError, match="no end. Give fit steps_per_epoch"):
         model.fit(endless)

@@ -48,7 +48,7 @@ def make_model(kind, directory):
     model = keras_dpo.DPOModel(
         policy,
         disable_dropout=kind != "full",
-        precompute_reference=kind == "precomputed",
+        reference="precomputed" if kind == "precomputed" else "initial",
         reference_cache=(
             str(directory / "reference") if kind == "precomputed" else None
         ),

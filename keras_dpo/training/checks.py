@@ -54,6 +54,34 @@ def check_policy(policy: Any, reference: Any) -> None:
         )
 
 
+def check_reference_options(
+    reference: Any,
+    precompute_reference: bool,
+    reference_cache: str | None,
+    snapshot_dtype: str | None,
+) -> None:
+    """Raise where an option has no effect on the chosen reference."""
+    if precompute_reference and reference is None:
+        raise UserError(
+            "precompute_reference=True needs a reference. Received: "
+            "reference=None. Leave one of them out."
+        )
+    is_precomputed = precompute_reference or reference == "precomputed"
+    if reference_cache is not None and not is_precomputed:
+        raise UserError(
+            "`reference_cache` has no effect on a reference that runs "
+            f"online. Received: {reference_cache!r}. Set "
+            "precompute_reference=True or leave it out."
+        )
+    has_snapshot = reference == "initial" and not is_precomputed
+    if snapshot_dtype is not None and not has_snapshot:
+        raise UserError(
+            "`snapshot_dtype` has no effect without a snapshot. Received: "
+            f"snapshot_dtype={snapshot_dtype!r} with a reference that is "
+            "not 'initial'. Leave it out."
+        )
+
+
 # Texts on which tokenizers differ that are not the same.
 PROBES = (
     "What is 12 + 345?  It's 357.",

@@ -1,10 +1,8 @@
 """`DPOModel`: fit, evaluate and predict around one pure loss function."""
 
 import contextlib
-import copy
-import dataclasses
-import functools
 import pathlib
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -20,7 +18,6 @@ from keras_dpo.data.packing import Packing
 from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.data.stream import make_dataset, need_an_end
 from keras_dpo.distribution.processes import (
-    check_processes_agree,
     check_processes_share_a_mesh,
     data_parallel_size,
 )
@@ -43,17 +40,16 @@ from keras_dpo.references.kinds import (
     make_reference,
 )
 from keras_dpo.references.precompute import (
-    drop_reference_model,
     fill_in_reference,
 )
 from keras_dpo.scoring.execution import Execution
 from keras_dpo.scoring.packed_backbone import layer_settings
+from keras_dpo.training import saving
 from keras_dpo.training.checks import (
-    check_dataset,
     check_differentiable,
     check_first_batch,
-    check_one_reference,
     check_policy,
+    check_reference_options,
     check_same_ids,
     check_same_vocabulary,
     check_trainable_variables,
@@ -63,10 +59,15 @@ from keras_dpo.training.checks import (
 from keras_dpo.training.fit_run import FitRun
 from keras_dpo.training.memory import (
     MemoryReport,
-    layers_must_be_rematerialized,
     memory_report,
 )
 from keras_dpo.training.metrics import make_metrics
+from keras_dpo.training.preparation import (
+    in_rows,
+    prepare,
+    prepare_training,
+    view_of,
+)
 from keras_dpo.training.steps import PreferenceSteps
 from keras_dpo.utils.arrays import BLOCK, round_up
 
@@ -84,10 +85,9 @@ class DPOModel(PreferenceSteps):
             from the data or computed once before training; or `None`.
         preprocessor: A `DPOPreprocessor`; `"auto"` makes one from the
             policy's own tokenizer, if it has one.
-        precompute_reference: Whether the reference's log-probs are computed
+        precompute_reference: Whether another model's log-probs are computed
             once, before training, kept on disk and read again by the next run.
-            The reference then leaves memory, and cannot be synced. With the
-            initial policy as reference the same as `"precomputed"`.
+            It then leaves memory, and cannot be synced.
         reference_cache: The directory for them; `~/.cache/keras_dpo/reference`
             if left out.
         snapshot_dtype: Number type of the snapshot that `"initial"` keeps, such
@@ -127,29 +127,21 @@ class DPOModel(PreferenceSteps):
         check_policy(policy, reference)
         if isinstance(reference, keras.Model):
             check_same_vocabulary(policy, reference)
-        if precompute_reference and reference is None:
-            raise UserError(
-                "precompute_reference=True needs a reference. Received: "
-                "reference=None. Leave one of them out."
-            )
+        check_reference_options(
+            reference, precompute_reference, reference_cache, snapshot_dtype
+        )
         if precompute_reference and reference == "initial":
+            warnings.warn(
+                "precompute_reference=True without a reference model is "
+                'deprecated: use reference="precomputed".',
+                DeprecationWarning,
+                stacklevel=2,
+            )
             reference = "precomputed"
         self.precompute_reference = (
             precompute_reference or reference == "precomputed"
         )
-        if reference_cache is not None and not self.precompute_reference:
-            raise UserError(
-                "`reference_cache` has no effect on a reference that runs "
-                f"online. Received: {reference_cache!r}. Set "
-                "precompute_reference=True or leave it out."
-            )
         self.reference_cache = reference_cache
-        if snapshot_dtype is not None and reference != "initial":
-            raise UserError(
-                "`snapshot_dtype` has no effect without a snapshot. Received: "
-                f"snapshot_dtype={snapshot_dtype!r} with a reference that is "
-                "not 'initial'. Leave it out."
-            )
         self.snapshot_dtype = snapshot_dtype
         # The policy's dtype policy: loss scaling follows it.
         kwargs.setdefault("dtype", policy.dtype_policy)
@@ -162,10 +154,10 @@ class DPOModel(PreferenceSteps):
         self._execution_choice = execution or Execution()
         others = [reference] if isinstance(reference, keras.Model) else []
         # `fit` decides on remat="auto" by the data.
-        self._resolved_execution = self._execution_choice.resolve(
+        self.resolved_execution = self._execution_choice.resolve(
             policy, others, disable_dropout
         )
-        self.execution = self._resolved_execution
+        self.execution = self.resolved_execution
         # None once training has replaced them.
         self._initial: InitialWeights | None = InitialWeights(policy)
         self._wrapped_variables = [v.path for v in policy.trainable_variables]
@@ -360,23 +352,12 @@ class DPOModel(PreferenceSteps):
         check_processes_share_a_mesh()
         check_differentiable(self.policy)
         check_trainable_variables(self.policy, self._wrapped_variables)
-        train = make_dataset(
-            x, self.preprocessor, batch_size, shuffle, steps_per_epoch
+        train, valid = self._make_datasets(
+            (x, batch_size, shuffle, steps_per_epoch),
+            (validation_data, validation_batch_size, validation_steps),
         )
-        valid = None
-        if validation_data is not None:
-            size = validation_batch_size
-            if not isinstance(validation_data, PreferenceDataset):
-                size = size or batch_size or train.batch_size
-            valid = make_dataset(
-                validation_data,
-                self.preprocessor,
-                size,
-                False,
-                validation_steps,
-            )
-        train, valid = self._prepare_training(
-            train, valid, epochs - initial_epoch
+        train, valid = prepare_training(
+            self, train, valid, epochs - initial_epoch
         )
         if verbose:
             report_start(self, train, epochs)
@@ -416,40 +397,20 @@ class DPOModel(PreferenceSteps):
             warn_of_swapped_pairs(history.history, valid.num_pairs)
         return history
 
-    def _prepare_training(
+    def _make_datasets(
         self,
-        train: PreferenceDataset,
-        valid: PreferenceDataset | None,
-        epochs: int,
+        training: tuple[Any, int | None, bool, int | None],
+        validation: tuple[Any, int | None, int | None],
     ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-        """The model's views of both datasets, and what follows from them."""
-        micro_batches = self.gradient_accumulation_steps
-        train = self._view_of(train, micro_batches)
-        if valid is not None:
-            valid = self._view_of(valid)
-        self._fill_in_reference(*(x for x in (train, valid) if x is not None))
-        train = self._in_rows(train, micro_batches, epochs)
-        if valid is not None:
-            valid = self._in_rows(valid)
-        if jax.process_count() > 1:
-            check_processes_agree(
-                {
-                    "steps of an epoch": train.batches_per_epoch,
-                    "the training pairs": train.pairs.hash_token_ids(),
-                    "the order's seed": train.seed,
-                }
-            )
-        if self.precompute_reference:
-            drop_reference_model(self)
-        if self._resolved_execution.remat == "auto":
-            must = layers_must_be_rematerialized(self, train)
-            self.execution = dataclasses.replace(
-                self._resolved_execution, remat="layers" if must else "none"
-            )
-        if train.preprocessor.tokenizer is not None:
-            # What it is trained on, `save_policy` keeps.
-            self.policy._trained_with = train.preprocessor
-        return train, valid
+        """Datasets of what `fit` was given, in batches of one size."""
+        x, batch_size, shuffle, steps = training
+        train = make_dataset(x, self.preprocessor, batch_size, shuffle, steps)
+        y, size, steps = validation
+        if y is None:
+            return train, None
+        if not isinstance(y, PreferenceDataset):
+            size = size or batch_size or train.batch_size
+        return train, make_dataset(y, self.preprocessor, size, False, steps)
 
     def _check_first_batch(self, train: PreferenceDataset) -> None:
         """Raise where policy and reference do not begin as one."""
@@ -477,7 +438,7 @@ class DPOModel(PreferenceSteps):
         self._assert_compile_called("evaluate")
         if "_use_cached_eval_dataset" not in kwargs:
             x = make_dataset(x, self.preprocessor, batch_size, False, steps)
-            x = self._prepare(x)
+            x = prepare(self, x)
         kwargs.pop("y", None)
         kwargs.pop("sample_weight", None)
         # Inside `fit` the running training metrics would be lost. Copies: the
@@ -516,7 +477,7 @@ class DPOModel(PreferenceSteps):
         """
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
         need_an_end(dataset, "predict gives a value for every row")
-        dataset = self._prepare(dataset)
+        dataset = prepare(self, dataset)
         with self._weights_kept():
             outputs = super().predict(
                 dataset, verbose=verbose, callbacks=callbacks
@@ -541,38 +502,6 @@ class DPOModel(PreferenceSteps):
         """After `fit`: they are the policy's own only if no step was taken."""
         if self._initial is not None and not self._initial.are_current:
             self._initial = None
-
-    def _prepare(self, dataset: PreferenceDataset) -> PreferenceDataset:
-        """The model's own view of a dataset, ready to be scored."""
-        dataset = self._view_of(dataset)
-        self._fill_in_reference(dataset)
-        return self._in_rows(dataset)
-
-    def _view_of(
-        self, dataset: PreferenceDataset, micro_batches: int = 1
-    ) -> PreferenceDataset:
-        """The model's own view of a dataset, checked against the model."""
-        self._ensure_reference()
-        view = dataset.view()
-        view.check(
-            functools.partial(check_dataset, self, micro_batches=micro_batches)
-        )
-        check_one_reference(self, view)
-        return view
-
-    def _fill_in_reference(self, *views: PreferenceDataset) -> None:
-        """Give views their stored reference log-probs, if it is precomputed."""
-        missing = [view for view in views if not view.has_reference]
-        if missing and self.precompute_reference and self.reference.compares:
-            fill_in_reference(self, missing)
-
-    def _in_rows(
-        self, view: PreferenceDataset, micro_batches: int = 1, epochs: int = 1
-    ) -> PreferenceDataset:
-        """A view in packed rows, where the policy runs on them."""
-        if not self.execution.in_rows:
-            return view
-        return view.packed(self._packing(view, micro_batches), epochs)
 
     def _packing(
         self, dataset: PreferenceDataset, micro_batches: int
@@ -609,8 +538,8 @@ class DPOModel(PreferenceSteps):
         self._assert_compile_called("memory_report")
         dataset = make_dataset(x, self.preprocessor, batch_size, True)
         micro_batches = self.gradient_accumulation_steps
-        view = self._view_of(dataset, micro_batches)
-        return memory_report(self, self._in_rows(view, micro_batches))
+        view = view_of(self, dataset, micro_batches)
+        return memory_report(self, in_rows(self, view, micro_batches))
 
     def precompute(
         self, x: Any, *, batch_size: int | None = None
@@ -626,95 +555,25 @@ class DPOModel(PreferenceSteps):
                 "precompute_reference=True."
             )
         dataset = make_dataset(x, self.preprocessor, batch_size, False)
-        (directory,) = fill_in_reference(self, [self._view_of(dataset)])
+        (directory,) = fill_in_reference(self, [view_of(self, dataset)])
         return directory
 
     # --- Saving -----------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = {
-            "name": self.name,
-            "policy": lora.policy_config(self.policy),
-            "trained_parts": lora.trained_parts(self.policy),
-            "reference": self.reference_choice,
-            "disable_dropout": self.disable_dropout,
-            "precompute_reference": self.precompute_reference,
-            "reference_cache": self.reference_cache,
-            "snapshot_dtype": self.snapshot_dtype,
-            "keeps_snapshot": self.reference is not None
-            and self.reference.keeps_snapshot,
-            "execution": self._execution_choice.get_config(),
-        }
-        if self.reference_choice == "model":
-            config["reference_model"] = lora.policy_config(self.reference.model)
-        if isinstance(self.preprocessor, DPOPreprocessor):
-            self.preprocessor.check_can_be_saved(self.policy)
-            config["preprocessor"] = self.preprocessor.get_config()
-        return config
+        return saving.config_of(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "DPOModel":
-        # Keras takes the policy's config apart as it reads it.
-        config = copy.deepcopy(config)
-        policy = keras.saving.deserialize_keras_object(config.pop("policy"))
-        lora.restore_trained_parts(policy, config.pop("trained_parts"))
-        reference_model = config.pop("reference_model", None)
-        if reference_model is not None:
-            config["reference"] = keras.saving.deserialize_keras_object(
-                reference_model
-            )
-        config["execution"] = Execution(**config["execution"])
-        preprocessor = config.pop("preprocessor", None)
-        if preprocessor is not None:
-            preprocessor = DPOPreprocessor.from_config(preprocessor, policy)
-        keeps_snapshot = config.pop("keeps_snapshot")
-        model = cls(policy, preprocessor=preprocessor, **config)
-        if keeps_snapshot:
-            # Its values are loaded into it.
-            replace_reference(model, model._make_snapshot())
-        return model
+        return saving.model_from_config(cls, config)
 
     def reference_origin(self) -> dict[str, Any]:
         """What the reference is made of; it is kept with the weights."""
-        return {
-            "has_trained": self.has_trained,
-            "has_snapshot": self.reference is not None
-            and self.reference.keeps_snapshot,
-            "content": self._reference_content,
-            "was_dropped": self._reference_was_dropped,
-        }
+        return saving.reference_origin(self)
 
     def restore_reference_origin(self, origin: dict[str, Any]) -> None:
-        """Take `reference_origin` of the weights that were just loaded.
-
-        Raises:
-            UserError: They came with a snapshot that this model has no place
-                for, or without one that it needs.
-        """
-        has_snapshot = (
-            self.reference is not None and self.reference.keeps_snapshot
-        )
-        if origin["has_snapshot"] and not has_snapshot:
-            raise UserError(
-                "The file holds a snapshot of the initial weights, and the "
-                "model has no place for it yet. Compile the model, with a loss "
-                "that needs a reference, before load_weights."
-            )
-        self._reference_content = origin["content"]
-        self._reference_was_dropped = origin["was_dropped"]
-        self._initial = None
-        if not origin["has_trained"]:
-            self._initial = InitialWeights(self.policy)
-        if not has_snapshot:
-            # One that waits for its loss is of other weights.
-            self._snapshot = None
-        if has_snapshot and not origin["has_snapshot"]:
-            # Raises where the initial weights are not those of the file.
-            values = self._initial_values()
-            for variable, value in zip(
-                self.reference.snapshot, values, strict=True
-            ):
-                variable.assign(jnp.array(value, variable.dtype, copy=True))
+        """Take `reference_origin` of the weights that were just loaded."""
+        saving.restore_reference_origin(self, origin)
 
     def summary(self, *args: Any, **kwargs: Any) -> None:
         """Print the policy, the reference and what is trained."""

@@ -44,7 +44,7 @@ def main():
         policy,
         preprocessor=None,
         execution=keras_dpo.Execution(remat=args.remat),
-        precompute_reference=args.stored,
+        reference="precomputed" if args.stored else "initial",
     )
     model.compile(keras.optimizers.AdamW(1e-6))
     report = model.memory_report(data)

@@ -23,6 +23,7 @@ from demo_pairs import add_arguments, load_pairs
 
 from keras_dpo.compat.compilation import compiler_options
 from keras_dpo.training.memory import longest_batch
+from keras_dpo.training.preparation import prepare
 
 
 def time_products(model, tokens, scored):
@@ -77,7 +78,7 @@ def main():
         model.compile(keras.optimizers.AdamW(1e-6), loss="simpo")
         model.fit(data, verbose=0)
         models[remat] = model
-    batch = longest_batch(model._prepare(data))
+    batch = longest_batch(prepare(model, data))
     tokens, scored = batch["row_ids"].size, int(batch["completion_mask"].sum())
     times = collections.defaultdict(list)
     for _ in range(args.rounds):

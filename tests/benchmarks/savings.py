@@ -27,10 +27,10 @@ SWITCHES = {
     "`prompt_sharing=False`": {"execution": Execution(prompt_sharing=False)},
     '`attention="keras"`': {"execution": Execution(attention="keras")},
     "`split_head=False`": {"execution": Execution(split_head=False)},
-    "`precompute_reference=True`": {"precompute_reference": True},
+    '`reference="precomputed"`': {"reference": "precomputed"},
     '`remat="layers"`': {"execution": Execution(remat="layers")},
     "both": {
-        "precompute_reference": True,
+        "reference": "precomputed",
         "execution": Execution(remat="layers"),
     },
     '`snapshot_dtype="bfloat16"`': {"snapshot_dtype": "bfloat16"},

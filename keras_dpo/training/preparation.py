@@ -1,0 +1,101 @@
+"""From a user's dataset to the model's own view of it, ready to run."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from keras_dpo.data.dataset import PreferenceDataset
+from keras_dpo.distribution.processes import check_processes_agree
+from keras_dpo.references.precompute import (
+    drop_reference_model,
+    fill_in_reference,
+)
+from keras_dpo.training.checks import check_dataset, check_one_reference
+from keras_dpo.training.memory import layers_must_be_rematerialized
+
+
+def prepare(model: Any, dataset: PreferenceDataset) -> PreferenceDataset:
+    """The model's own view of a dataset, ready to be scored."""
+    view = view_of(model, dataset)
+    _fill_in_reference(model, view)
+    return in_rows(model, view)
+
+
+def prepare_training(
+    model: Any,
+    train: PreferenceDataset,
+    valid: PreferenceDataset | None,
+    epochs: int,
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """The model's views of what `fit` was given, and what follows from them.
+
+    A reference model whose log-probs are stored leaves memory, and
+    `remat="auto"` is decided.
+
+    Args:
+        model: A compiled `DPOModel`.
+        train: The training pairs.
+        valid: The validation pairs, if there are any.
+        epochs: Epochs that row lengths are chosen for.
+    """
+    micro_batches = model.gradient_accumulation_steps
+    views = [view_of(model, train, micro_batches)]
+    if valid is not None:
+        views.append(view_of(model, valid))
+    _fill_in_reference(model, *views)
+    train = in_rows(model, views[0], micro_batches, epochs)
+    if valid is not None:
+        valid = in_rows(model, views[1])
+    if jax.process_count() > 1:
+        check_processes_agree(
+            {
+                "steps of an epoch": train.batches_per_epoch,
+                "the training pairs": train.pairs.hash_token_ids(),
+                "the order's seed": train.seed,
+            }
+        )
+    if model.precompute_reference:
+        drop_reference_model(model)
+    if model.resolved_execution.remat == "auto":
+        must = layers_must_be_rematerialized(model, train)
+        model.execution = dataclasses.replace(
+            model.resolved_execution, remat="layers" if must else "none"
+        )
+    if train.preprocessor.tokenizer is not None:
+        # `save_policy` keeps what the policy was trained with.
+        model.policy._trained_with = train.preprocessor
+    return train, valid
+
+
+def view_of(
+    model: Any, dataset: PreferenceDataset, micro_batches: int = 1
+) -> PreferenceDataset:
+    """The model's own view of a dataset, checked against the model."""
+    model._ensure_reference()
+    view = dataset.view()
+    view.check(
+        functools.partial(check_dataset, model, micro_batches=micro_batches)
+    )
+    check_one_reference(model, view)
+    return view
+
+
+def in_rows(
+    model: Any,
+    view: PreferenceDataset,
+    micro_batches: int = 1,
+    epochs: int = 1,
+) -> PreferenceDataset:
+    """A view in packed rows, where the policy runs on them."""
+    if not model.execution.in_rows:
+        return view
+    return view.packed(model._packing(view, micro_batches), epochs)
+
+
+def _fill_in_reference(model: Any, *views: PreferenceDataset) -> None:
+    """Give views their stored log-probs, where the reference is precomputed."""
+    missing = [view for view in views if not view.has_reference]
+    if missing and model.precompute_reference and model.reference.compares:
+        fill_in_reference(model, missing)
