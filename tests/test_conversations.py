@@ -629,7 +629,7 @@ def test_a_developer_s_text_stays_when_a_prompt_is_cut(tokenizer):
 
 
 def test_extras_are_not_shared():
-    from keras_dpo.data.preprocessor import Tokenized
+    from keras_dpo.data.tokenized import Tokenized
 
     with pytest.raises(TypeError):
         Tokenized([1], [2], [3]).extras["weight"] = 2.0

@@ -12,8 +12,8 @@ from conftest import environment_of_devices, random_pairs
 
 from keras_dpo.data import pairs as pairs_module
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.preprocessor import Tokenized
 from keras_dpo.data.sources import open_rows
+from keras_dpo.data.tokenized import Tokenized
 
 
 def tokenized(count=20):

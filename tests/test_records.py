@@ -527,9 +527,10 @@ def test_a_late_context_is_refused():
 
 def test_row_0_settles_the_form_of_a_stream_that_goes_on(tmp_path):
     """Reading may begin at any row: the form is still that of row 0."""
-    from keras_dpo.data.preprocessor import DPOPreprocessor, Tokenized
+    from keras_dpo.data.preprocessor import DPOPreprocessor
     from keras_dpo.data.reading import PairReader
     from keras_dpo.data.sources import open_rows
+    from keras_dpo.data.tokenized import Tokenized
 
     bare = {"question": "Q", "chosen": "good", "rejected": "bad"}
     path = tmp_path / "rows.jsonl"

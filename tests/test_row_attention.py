@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_dpo.data.packing import Packing, pack_batch, visible_blocks
-from keras_dpo.data.preprocessor import Tokenized
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.scoring.row_attention import Row, Settings, attend_in_blocks
 from keras_dpo.utils.arrays import BLOCK
 

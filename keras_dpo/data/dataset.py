@@ -11,10 +11,11 @@ import numpy as np
 from keras_dpo.data.order import balanced_batches, batches_of_buckets
 from keras_dpo.data.packing import Packing, choose_lengths, pack_batch
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.preprocessor import DPOPreprocessor, Tokenized
+from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.data.reading import PairReader
 from keras_dpo.data.records import DataReport
 from keras_dpo.data.sources import open_rows
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.data.values import Record
 from keras_dpo.distribution.processes import (
     WHOLE_BATCH,

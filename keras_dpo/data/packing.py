@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_dpo.data.pairs import lengths_of
-from keras_dpo.data.preprocessor import Tokenized
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.utils.arrays import BLOCK, SEGMENTS, round_up
 
 # Rows that take about as long to compute as a row length takes to compile.

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_dpo.data.preprocessor import Tokenized
 from keras_dpo.data.records import EXTRA_FIELDS
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.utils.files import cache_directory
 
 # Bytes of token ids above which they are held in a file.

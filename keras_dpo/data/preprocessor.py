@@ -1,14 +1,13 @@
 """Records -> token ids, exactly as the model will see them at inference."""
 
-import datetime
-import hashlib
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_dpo.data import chat_templates
+from keras_dpo.data.chat_format import ChatFormat
 from keras_dpo.data.chat_templates import Messages
 from keras_dpo.data.control_tokens import StandIns
 from keras_dpo.data.conversations import (
@@ -17,7 +16,10 @@ from keras_dpo.data.conversations import (
     check_taken,
     unread_fields,
 )
+from keras_dpo.data.encoding import encode, with_bos, with_end
+from keras_dpo.data.limits import Limits
 from keras_dpo.data.records import EXTRA_FIELDS, ID_FIELDS
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.data.tokenizers import (
     HuggingFaceTokenizer,
     TextTokenizer,
@@ -27,36 +29,9 @@ from keras_dpo.data.values import SYSTEM_ROLES, Record
 from keras_dpo.errors import UserError
 
 RECORDS_AT_ONCE = 512
-# Variables of templates that the preprocessor itself sets.
-SET_BY_US = ("messages", "tools", "add_generation_prompt", "strftime_now")
 
 # A string, a conversation, or a mapping with `prompt` and `tools`.
 Prompt = str | Messages | Record
-
-
-class Tokenized(NamedTuple):
-    """One record as token ids.
-
-    Args:
-        prompt_ids: With BOS and the template's opening of the answer.
-        chosen_ids: With its end token, unless it was cut.
-        rejected_ids: Likewise.
-        chosen_scored: False where a user turn inside the completion stands;
-            None: all is scored.
-        rejected_scored: Likewise.
-        extras: weight, margin and reference log-probs, where given.
-        notes: What was done to it: names of counts.
-        dropped: Why it must be dropped, or None.
-    """
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    chosen_scored: list[bool] | None = None
-    rejected_scored: list[bool] | None = None
-    extras: Mapping[str, float] = MappingProxyType({})
-    notes: tuple[str, ...] = ()
-    dropped: str | None = None
 
 
 class DPOPreprocessor:
@@ -105,38 +80,15 @@ class DPOPreprocessor:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         date: str | None = None,
     ) -> None:
-        limits = {
-            "max_length": max_length,
-            "max_prompt_length": max_prompt_length,
-            "max_completion_length": max_completion_length,
-        }
-        for name, limit in limits.items():
-            if limit is not None and limit < 1:
-                raise UserError(
-                    f"`{name}` must be at least 1. Received: {limit!r}."
-                )
-        if (max_prompt_length or 1) >= max_length:
-            raise UserError(
-                "`max_prompt_length` must leave room for a completion. "
-                f"Received: max_prompt_length={max_prompt_length}, "
-                f"max_length={max_length}. Raise max_length."
-            )
-        if on_overflow not in ("truncate", "drop", "error"):
-            raise UserError(
-                "`on_overflow` must be 'truncate', 'drop' or 'error'. "
-                f"Received: {on_overflow!r}."
-            )
-        _check_template(chat_template, chat_template_kwargs)
+        self.limits = Limits(
+            max_length, max_prompt_length, max_completion_length, on_overflow
+        )
         self.tokenizer: TextTokenizer | None = (
             None if tokenizer is None else as_text_tokenizer(tokenizer)
         )
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
-        self.max_completion_length = max_completion_length
-        self.chat_template = chat_template
-        self.on_overflow = on_overflow
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.date = _iso_date(date)
+        self.format = ChatFormat(
+            self.tokenizer, chat_template, chat_template_kwargs, date
+        )
         # Only the template writes control ids.
         tokens = {} if self.tokenizer is None else self.tokenizer.control_tokens
         self._control_ids = set(tokens.values())
@@ -164,10 +116,10 @@ class DPOPreprocessor:
         """What the tokenizer itself does not hold of how messages are written:
         `chat_template` and `chat_template_kwargs`."""
         found: dict[str, Any] = {}
-        if self.chat_template != "auto" and self.has_template():
-            found["chat_template"] = self.template
-        if self.chat_template_kwargs:
-            found["chat_template_kwargs"] = self.chat_template_kwargs
+        if self.format.chat_template != "auto" and self.has_template():
+            found["chat_template"] = self.format.template
+        if self.format.chat_template_kwargs:
+            found["chat_template_kwargs"] = self.format.chat_template_kwargs
         return found
 
     def check_can_be_saved(self, policy: keras.Model) -> None:
@@ -208,53 +160,6 @@ class DPOPreprocessor:
         return cls(tokenizer, **options)
 
     @property
-    def template(self) -> str:
-        """The Jinja source in use.
-
-        Raises:
-            ValueError: There is none.
-        """
-        choice = self.chat_template
-        if choice == "auto" and self.tokenizer is not None:
-            choice = self.tokenizer.chat_template
-        if choice is None or choice == "auto":
-            raise UserError(
-                "Messages need a chat template, and neither the tokenizer nor "
-                "its family has one. Pass chat_template=, one of "
-                f"{', '.join(chat_templates.TEMPLATES)} or Jinja source."
-            )
-        return chat_templates.TEMPLATES.get(choice, choice)
-
-    def describe_template(self) -> str:
-        """Which chat template is in use, in a few words."""
-        if not self.has_template():
-            return "none; message lists cannot be rendered"
-        if self.chat_template == "auto":
-            return "the tokenizer's own"
-        names = [
-            n for n, x in chat_templates.TEMPLATES.items() if self.template == x
-        ]
-        if names:
-            return names[0]
-        digest = hashlib.blake2b(self.template.encode(), digest_size=4)
-        return f"given as Jinja source (hash {digest.hexdigest()})"
-
-    def _template_for(self, tools: Any) -> str:
-        """The tokenizer's template for tools, where it has one apart."""
-        own = None if self.tokenizer is None else self.tokenizer.tool_template
-        if tools and own and self.chat_template == "auto":
-            return own
-        return self.template
-
-    @property
-    def written_date(self) -> str | None:
-        """The date, if the template in use writes it."""
-        if not self.has_template():
-            return None
-        in_use = self.template + self._template_for(True)
-        return self.date if chat_templates.writes_date(in_use) else None
-
-    @property
     def end_ids(self) -> list[int]:
         """Ids that end an answer: EOS, and the template's end of turn."""
         tokenizer = self.need_tokenizer()
@@ -264,7 +169,7 @@ class DPOPreprocessor:
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "b"},
             ]
-            text = self._render(turns, False, self._stand_ins)
+            text = self.format.render(turns, False, self._stand_ins)
             after = text.rpartition("b")[2]
             ends += [
                 token
@@ -275,10 +180,41 @@ class DPOPreprocessor:
 
     def has_template(self) -> bool:
         """Whether message lists can be rendered."""
-        try:
-            return bool(self.template)
-        except UserError:
-            return False
+        return self.format.has_template()
+
+    def describe_template(self) -> str:
+        """Which chat template is in use, in a few words."""
+        return self.format.describe_template()
+
+    @property
+    def written_date(self) -> str | None:
+        """The date, if the template in use writes it."""
+        return self.format.written_date
+
+    @property
+    def template(self) -> str:
+        """The Jinja source in use; raises where there is none."""
+        return self.format.template
+
+    @property
+    def date(self) -> str:
+        """The day that templates are told."""
+        return self.format.date
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.limits.max_length
+
+    @property
+    def max_prompt_length(self) -> int | None:
+        """Tokens of the prompt."""
+        return self.limits.max_prompt_length
+
+    @property
+    def max_completion_length(self) -> int | None:
+        """Tokens of a completion."""
+        return self.limits.max_completion_length
 
     # --- Text -> ids --------------------------------------------------------
 
@@ -292,7 +228,8 @@ class DPOPreprocessor:
         record = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
         stand_ins = self._stand_ins.avoiding([record])
         text = self._prompt_text(record, stand_ins)
-        return self._with_bos(self._encode([text], stand_ins)[0])
+        tokenizer = self.need_tokenizer()
+        return with_bos(tokenizer, encode(tokenizer, [text], stand_ins)[0])
 
     def tokenize(
         self, records: Iterable[Record], rows: Sequence[int] | None = None
@@ -331,7 +268,9 @@ class DPOPreprocessor:
                     raise UserError(f"Row {number}: {error}") from error
             plans.append(plan)
             texts += plan.texts if plan else []
-        encoded = iter(self._encode(texts, stand_ins))
+        encoded = iter(
+            encode(self.need_tokenizer(), texts, stand_ins) if texts else ()
+        )
         rows = []
         for record, plan in zip(records, plans, strict=True):
             if plan is None:
@@ -341,28 +280,15 @@ class DPOPreprocessor:
             else:
                 ids = [next(encoded) for _ in plan.texts]
                 row = self._assemble(plan, ids, stand_ins)
-                if self._prompt_limit() < len(row.prompt_ids):
+                if self.limits.prompt < len(row.prompt_ids):
                     row = self._shorten(record, row)
-                row = self._limit(row)
+                row = self.limits.apply(row, self.need_tokenizer().bos_id)
             extras = {k: record[k] for k in EXTRA_FIELDS if k in record}
-            dropped = self._drop_cause(row)
+            dropped = self.limits.drop_cause(row)
             rows.append(row._replace(extras=extras, dropped=dropped))
         for number, row in zip(numbers, rows, strict=True):
-            if self.on_overflow == "error":
-                self._check_whole(number, row)
-            _check_references(number, row)
+            self.limits.check(number, row)
         return rows
-
-    def _check_whole(self, number: int, row: Tokenized) -> None:
-        cut = [note for note in row.notes if "truncated" in note]
-        if cut:
-            raise UserError(
-                f"Row {number} is over the limit: {cut[0]}. "
-                f"Received: max_length={self.max_length}, "
-                f"max_prompt_length={self.max_prompt_length}, "
-                f"max_completion_length={self.max_completion_length}. "
-                "Raise them, or set on_overflow='truncate'."
-            )
 
     def _plan(self, record: Record, stand_ins: StandIns) -> "_Plan":
         """The texts to encode for one record."""
@@ -392,6 +318,7 @@ class DPOPreprocessor:
     ) -> Tokenized:
         """The ids of the plan's texts, put together."""
         prompt, tail, parts = parts[0], parts[1], parts[2:]
+        tokenizer = self.need_tokenizer()
         notes = []
         if plan.escaped:
             notes.append("control tokens spelled in text, kept as text")
@@ -409,19 +336,21 @@ class DPOPreprocessor:
             else:
                 # The last prompt token would merge with the answer's first.
                 notes.append("merges across the prompt's end broken")
-                first = self._encode([segments[0][0]], stand_ins)[0]
+                first = encode(tokenizer, [segments[0][0]], stand_ins)[0]
             pieces = [first, *rest]
             scored = [
                 flag
                 for piece, (_, flag) in zip(pieces, segments, strict=True)
                 for _ in piece
             ]
-            ids = self._with_end([token for piece in pieces for token in piece])
+            ids = with_end(
+                tokenizer, [token for piece in pieces for token in piece]
+            )
             scored = (scored + [True])[: len(ids)]
             completions.append(ids)
             scores.append(None if all(scored) else scored)
         return Tokenized(
-            self._with_bos(prompt),
+            with_bos(tokenizer, prompt),
             chosen_ids=completions[0],
             rejected_ids=completions[1],
             chosen_scored=scores[0],
@@ -463,76 +392,14 @@ class DPOPreprocessor:
     def _conversation(
         self, turns: Messages, record: Record, stand_ins: StandIns
     ) -> Conversation:
-        tools = record.get("tools")
+        self.need_tokenizer()
 
         def write(
             messages: Messages, opens: bool, schemas: Messages | None
         ) -> str:
-            return self._render(messages, opens, stand_ins, schemas)
+            return self.format.render(messages, opens, stand_ins, schemas)
 
-        return Conversation(turns, tools, write)
-
-    def _render(
-        self,
-        messages: Messages,
-        opens: bool,
-        stand_ins: StandIns,
-        tools: Messages | None = None,
-    ) -> str:
-        # Parsed before they are escaped: JSON may spell a token in escapes.
-        parsed = [chat_templates.parse_arguments(m) for m in messages]
-        return chat_templates.render(
-            self._template_for(tools),
-            stand_ins.escape(parsed),
-            opens,
-            self.need_tokenizer().special_texts,
-            stand_ins.escape(tools),
-            datetime.date.fromisoformat(self.date),
-            self.chat_template_kwargs,
-        )
-
-    def _encode(self, texts: list[str], stand_ins: StandIns) -> list[list[int]]:
-        """Ids of texts, with stand-ins encoded as the text they stand for."""
-        if not texts:
-            return []
-        tokenizer = self.need_tokenizer()
-        escaped = {
-            i: stand_ins.pattern.split(text)
-            for i, text in enumerate(texts)
-            if stand_ins.pattern.search(text)
-        }
-        plain = [text for i, text in enumerate(texts) if i not in escaped]
-        encoded = iter(tokenizer.encode(plain))
-        result = []
-        for i in range(len(texts)):
-            if i not in escaped:
-                result.append(next(encoded))
-                continue
-            ids: list[int] = []
-            for piece in filter(None, escaped[i]):
-                name = stand_ins.name(piece)
-                if name is None:
-                    ids += tokenizer.encode([piece])[0]
-                else:
-                    ids += tokenizer.encode_plain(name)
-            result.append(ids)
-        return result
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        bos = self.need_tokenizer().bos_id
-        if bos is None or ids[:1] == [bos]:
-            return ids
-        return [bos, *ids]
-
-    def _with_end(self, ids: list[int]) -> list[int]:
-        """End with one end token; templates write whitespace behind theirs."""
-        tokenizer = self.need_tokenizer()
-        ends = [i for i, t in enumerate(ids) if t in self._control_ids]
-        if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
-            return ids[: ends[-1] + 1]
-        if ids[-1:] == [tokenizer.eos_id]:
-            return ids
-        return [*ids, tokenizer.eos_id]
+        return Conversation(turns, record.get("tools"), write)
 
     def need_tokenizer(self) -> TextTokenizer:
         """The tokenizer, or an error that says how to give one."""
@@ -543,11 +410,6 @@ class DPOPreprocessor:
                 "chosen_ids and rejected_ids."
             )
         return self.tokenizer
-
-    # --- Limits -------------------------------------------------------------
-
-    def _prompt_limit(self) -> int:
-        return self.max_prompt_length or self.max_length - 1
 
     def _shorten(self, record: Record, row: Tokenized) -> Tokenized:
         """Leave out the oldest turns of a chat that is too long."""
@@ -561,53 +423,10 @@ class DPOPreprocessor:
                 continue
             kept = [*system, *rest[start:]]
             ids = self.prompt_ids({**record, "prompt": kept})
-            if len(ids) <= self._prompt_limit():
+            if len(ids) <= self.limits.prompt:
                 note = "prompts truncated at a turn"
                 return row._replace(prompt_ids=ids, notes=(*row.notes, note))
         return row
-
-    def _limit(self, row: Tokenized) -> Tokenized:
-        """Cut what is over the limits, and say what was cut."""
-        notes = list(row.notes)
-        limit = self._prompt_limit()
-        prompt = row.prompt_ids
-        if len(prompt) > limit:
-            notes.append("prompts truncated inside a turn")
-            bos = self.tokenizer.bos_id if self.tokenizer else None
-            kept = prompt[-limit:]
-            if bos is not None and prompt[0] == bos:
-                kept = [bos, *prompt[1:][-(limit - 1) :]] if limit > 1 else kept
-            prompt = kept
-        room = self.max_length - len(prompt)
-        if self.max_completion_length is not None:
-            room = min(room, self.max_completion_length)
-        elif self.max_prompt_length is not None:
-            room = min(room, self.max_length - self.max_prompt_length)
-        changed: dict[str, Any] = {"prompt_ids": prompt}
-        for name in ("chosen", "rejected"):
-            ids = getattr(row, f"{name}_ids")
-            if len(ids) > room:
-                notes.append(f"{name} completions truncated")
-                changed[f"{name}_ids"] = ids[:room]
-                scored = getattr(row, f"{name}_scored")
-                if scored is not None:
-                    changed[f"{name}_scored"] = scored[:room]
-        return row._replace(notes=tuple(notes), **changed)
-
-    def _drop_cause(self, row: Tokenized) -> str | None:
-        cut = any("truncated" in note for note in row.notes)
-        if self.on_overflow == "drop" and cut:
-            return "over the limits"
-        if not row.prompt_ids:
-            return "without a prompt"
-        if not (row.chosen_ids and row.rejected_ids):
-            return "without a completion"
-        if row.chosen_ids == row.rejected_ids:
-            return "identical after tokenising" + (" and cutting" * cut)
-        for scored in (row.chosen_scored, row.rejected_scored):
-            if scored is not None and not any(scored):
-                return "without a scored token"
-        return None
 
     # --- Saving -------------------------------------------------------------
 
@@ -620,13 +439,10 @@ class DPOPreprocessor:
             tokenizer = "policy"
         return {
             "tokenizer": tokenizer,
-            "max_length": self.max_length,
-            "max_prompt_length": self.max_prompt_length,
-            "max_completion_length": self.max_completion_length,
-            "chat_template": self.chat_template,
-            "on_overflow": self.on_overflow,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "date": self.date,
+            **dataclasses.asdict(self.limits),
+            "chat_template": self.format.chat_template,
+            "chat_template_kwargs": self.format.chat_template_kwargs,
+            "date": self.format.date,
         }
 
     @classmethod
@@ -641,56 +457,6 @@ class DPOPreprocessor:
         elif tokenizer is not None:
             tokenizer = HuggingFaceTokenizer.from_config(tokenizer)
         return cls(tokenizer, **config)
-
-
-def _check_references(number: int, row: Tokenized) -> None:
-    """Raise where reference log-probs are of more text than is kept."""
-    cut = any("truncated" in note for note in row.notes)
-    given = any(name.startswith("reference") for name in row.extras)
-    if cut and given and row.dropped is None:
-        raise UserError(
-            f"Row {number} is cut to the limits, and its reference log-probs "
-            "are of the whole text. Raise max_length, set on_overflow='drop', "
-            "or let the reference be computed."
-        )
-
-
-def _check_template(
-    chat_template: str | None, options: Mapping[str, Any] | None
-) -> None:
-    known = (None, "auto", *chat_templates.TEMPLATES)
-    if chat_template not in known and not (
-        isinstance(chat_template, str)
-        and chat_templates.is_source(chat_template)
-    ):
-        raise UserError(
-            "`chat_template` must be 'auto', one of "
-            f"{', '.join(chat_templates.TEMPLATES)}, or Jinja source with "
-            f"'{{{{' or '{{%'. Received: {chat_template!r}."
-        )
-    if options is not None and not isinstance(options, Mapping):
-        raise UserError(
-            "`chat_template_kwargs` must be a mapping such as "
-            f"{{'enable_thinking': False}}. Received: {options!r}."
-        )
-    for name in options or ():
-        if name in SET_BY_US or not isinstance(name, str):
-            raise UserError(
-                f"`chat_template_kwargs` cannot set {name!r}, which every "
-                "prompt has of its own. Leave it out."
-            )
-
-
-def _iso_date(date: str | None) -> str:
-    """The day as ISO writes it; today for None."""
-    if date is None:
-        return datetime.date.today().isoformat()
-    try:
-        return datetime.date.fromisoformat(date).isoformat()
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"`date` must be a day such as '2026-11-28'. Received: {date!r}."
-        ) from error
 
 
 class _Plan(NamedTuple):

@@ -9,13 +9,10 @@ import jax
 import keras
 
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.preprocessor import (
-    RECORDS_AT_ONCE,
-    DPOPreprocessor,
-    Tokenized,
-)
+from keras_dpo.data.preprocessor import RECORDS_AT_ONCE, DPOPreprocessor
 from keras_dpo.data.records import DataReport, each_record, settle_form
 from keras_dpo.data.sources import Rows
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.data.values import Record
 from keras_dpo.distribution.processes import of_all_processes
 from keras_dpo.errors import UserError

@@ -14,8 +14,9 @@ from keras_dpo.data.dataset import (
 from keras_dpo.data.order import BALANCED_BATCHES
 from keras_dpo.data.packing import Packing
 from keras_dpo.data.pairs import TokenizedPairs
-from keras_dpo.data.preprocessor import DPOPreprocessor, Tokenized
+from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.data.sources import has_length, open_rows
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.errors import UserError
 from keras_dpo.utils.arrays import BLOCK, round_up
 

@@ -19,7 +19,7 @@ import keras_dpo
 from keras_dpo.compat.compilation import compiler_options
 from keras_dpo.data.packing import Packing, pack_batch
 from keras_dpo.utils.arrays import BLOCK
-from keras_dpo.data.preprocessor import Tokenized
+from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.scoring.row_attention import Row, Settings, attend_in_blocks
 # Eight sequences of 512: four pairs without a shared prompt.
 pairs = [Tokenized([1], [1] * 511, [1] * 511)] * 4
