@@ -243,7 +243,7 @@ def test_own_callbacks_act_in_the_training_thread_alone(tmp_path):
 
 
 def test_stop_after_stops_after():
-    from keras_dpo.runs.train import StopAfter
+    from keras_dpo.training.stop_after import StopAfter
 
     model = model_of()
     model.fit(data(40, 4), epochs=3, verbose=0, callbacks=[StopAfter(12)])
@@ -252,7 +252,7 @@ def test_stop_after_stops_after():
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
     from keras_dpo.callbacks import WandbLogger
-    from keras_dpo.runs.train import wandb_run_id
+    from keras_dpo.runs.build import wandb_run_id
 
     first = wandb_run_id(tmp_path, goes_on=False)
     assert wandb_run_id(tmp_path, goes_on=True) == first

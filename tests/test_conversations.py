@@ -11,7 +11,8 @@ from templates import HERMES, LLAMA31, QWEN3
 
 from keras_dpo import DPOConfig, DPOPreprocessor, PreferenceDataset
 from keras_dpo.data.chat_templates import TEMPLATES
-from keras_dpo.runs.train import make_preprocessor, sample_prompts
+from keras_dpo.runs.build import make_preprocessor
+from keras_dpo.runs.train import sample_prompts
 
 SPECIAL = [
     "<pad>",

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, environment, random_pairs, tiny_policy
 
 from keras_dpo import DPOConfig, DPOModel, Execution
-from keras_dpo.runs.train import plan
+from keras_dpo.runs.plan import plan
 from keras_dpo.training.memory import extrapolate, kept_by_layers
 
 
@@ -124,7 +124,7 @@ MESH_PLAN = """
 import sys
 from keras_dpo import DPOConfig
 from keras_dpo.losses import LOSSES
-from keras_dpo.runs.train import plan
+from keras_dpo.runs.plan import plan
 for name in sorted(set(LOSSES) - {"sft"}):
     DPOConfig(loss_type=name + ",sft")
 from jax._src import xla_bridge

@@ -17,8 +17,8 @@ import keras_dpo
 from keras_dpo import DPOConfig
 from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.losses import PairLogProbs
+from keras_dpo.runs.build import make_optimizer
 from keras_dpo.runs.demo import make_questions, make_tokenizer
-from keras_dpo.runs.train import make_optimizer
 
 LN2 = float(np.log(2))
 

@@ -13,8 +13,9 @@ import keras_dpo
 from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor, PreferenceDataset
 from keras_dpo.data.chat_templates import TEMPLATES
 from keras_dpo.errors import UserError
+from keras_dpo.runs.build import make_preprocessor_alone
 from keras_dpo.runs.config import LOSS_OPTIONS
-from keras_dpo.runs.train import make_preprocessor_alone, with_date_of_run
+from keras_dpo.runs.config_file import with_date_of_run
 
 TURNS = [{"role": "user", "content": "a b"}]
 

@@ -247,7 +247,7 @@ def run_precompute(**options: Any) -> None:
 
 def run_plan(**options: Any) -> None:
     """`keras-dpo plan`: nothing is trained, no weights are read."""
-    from keras_dpo.runs.train import plan
+    from keras_dpo.runs.plan import plan
 
     for line in plan(DPOConfig(**options)).lines():
         say(line)
@@ -257,7 +257,7 @@ def run_inspect(show: int, **options: Any) -> None:
     """`keras-dpo inspect`: the audit, and pairs as the model sees them."""
     from keras_dpo.data.audit import audit, render_pair
     from keras_dpo.data.packing import Packing
-    from keras_dpo.runs.train import (
+    from keras_dpo.runs.build import (
         make_datasets,
         make_preprocessor_alone,
         require,

@@ -96,7 +96,7 @@ EFFICIENCY = 0.4
 PLAN = """
 import dataclasses, json, sys
 from keras_dpo import DPOConfig
-from keras_dpo.runs.train import plan
+from keras_dpo.runs.plan import plan
 print("FOUND" + json.dumps(dataclasses.asdict(plan(DPOConfig(
     repo_id=sys.argv[1], mesh=sys.argv[2], total_batch_size=int(sys.argv[3]),
     max_length=2048, max_prompt_length=1024, dtype="bfloat16",
