@@ -8,6 +8,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dpo.data.batches import (
+    SUM_FIELDS,
+    SummedReference,
+    choose_shapes,
+    completion_arrays,
+    padded_ids,
+    stored_arrays,
+)
 from keras_dpo.data.order import balanced_batches, batches_of_buckets
 from keras_dpo.data.packing import Packing, choose_lengths, pack_batch
 from keras_dpo.data.pairs import TokenizedPairs
@@ -15,7 +23,6 @@ from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.data.reading import PairReader
 from keras_dpo.data.records import DataReport
 from keras_dpo.data.sources import open_rows
-from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.data.values import Record
 from keras_dpo.distribution.processes import (
     WHOLE_BATCH,
@@ -27,8 +34,6 @@ from keras_dpo.utils.arrays import round_up
 from keras_dpo.utils.messages import say
 
 DEFAULT_BATCH_SIZE = 16
-DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-SUM_FIELDS = ("reference_chosen_log_prob", "reference_rejected_log_prob")
 
 
 class PreferenceDataset(keras.utils.PyDataset):
@@ -107,7 +112,7 @@ class PreferenceDataset(keras.utils.PyDataset):
                 )
                 + "."
             )
-        self.shapes = _choose_shapes(self.pairs, buckets)
+        self.shapes = choose_shapes(self.pairs, buckets)
         self.packing: Packing | None = None
         self._reference: Any = None
         self.packed_lengths = np.zeros(0, int)
@@ -254,46 +259,20 @@ class PreferenceDataset(keras.utils.PyDataset):
         every = np.asarray(list(indices))
         own = share.of(self.batch_size)
         size = own.stop - own.start
-        indices = every[own]
-        pairs = [self.pairs[i] for i in indices]
-        batch: dict[str, np.ndarray]
+        pairs = [self.pairs[i] for i in every[own]]
         if self.packing is None:
             length, tokens = self.shapes[self.buckets_of(every).max()]
-            token_ids = np.zeros((size, 2, length), "int32")
-            batch = {"token_ids": token_ids}
+            batch = padded_ids(pairs, size, length)
         else:
             tokens = self.shapes[-1][1]
             length = self.packing.row_length(self._longest_row(every))
             devices = self.packing.devices * size // self.batch_size
             packing = dataclasses.replace(self.packing, devices=devices)
             batch = pack_batch(packing, pairs, size, tokens, length)
-        batch |= {
-            "completion_ids": np.zeros((size, 2, tokens), "int32"),
-            "completion_mask": np.zeros((size, 2, tokens), "int32"),
-            # Empty rows have one prompt token, so that none is all padding.
-            "prompt_lengths": np.ones((size, 2), "int32"),
-            "completion_lengths": np.zeros((size, 2), "int32"),
-            "weight": np.zeros(size, "float32"),
-            "margin": np.zeros(size, "float32"),
-        }
-        for row, pair in enumerate(pairs):
-            batch["weight"][row] = pair.extras.get("weight", 1.0)
-            batch["margin"][row] = pair.extras.get("margin", 0.0)
-            batch["prompt_lengths"][row] = len(pair.prompt_ids)
-            for side, ids, scored in _sides(pair):
-                if self.packing is None:
-                    whole = [*pair.prompt_ids, *ids]
-                    token_ids[row, side, : len(whole)] = whole
-                batch["completion_ids"][row, side, : len(ids)] = ids
-                batch["completion_lengths"][row, side] = len(ids)
-                flags = 1 if scored is None else scored
-                batch["completion_mask"][row, side, : len(ids)] = flags
+        batch |= completion_arrays(pairs, size, tokens)
         if self._reference is not None:
-            log_probs = np.zeros((size, 2, tokens), "float32")
-            for row, i in enumerate(indices):
-                stored = self._reference[i]
-                log_probs[row, :, : stored.shape[1]] = stored
-            batch["reference_log_probs"] = log_probs
+            stored = [self._reference[i] for i in every[own]]
+            batch["reference_log_probs"] = stored_arrays(stored, size, tokens)
         return batch
 
     def view(self) -> "PreferenceDataset":
@@ -376,7 +355,7 @@ class PreferenceDataset(keras.utils.PyDataset):
                 f"Received: none for row {self.report.rows[given.argmin()]}, "
                 f"some for row {self.report.rows[given.argmax()]}."
             )
-        self._reference = _SummedReference(self.pairs)
+        self._reference = SummedReference(self.pairs)
 
     def use_reference(self, stored: Any) -> None:
         """Take reference log-probs from `stored[pair]`, `(2, tokens)`."""
@@ -422,59 +401,3 @@ class PreferenceDataset(keras.utils.PyDataset):
         A stream calls it again with every window that training comes to.
         """
         raise_if_unfit(self)
-
-
-def _sides(pair: Tokenized) -> list[tuple[int, list[int], Any]]:
-    return [
-        (0, pair.chosen_ids, pair.chosen_scored),
-        (1, pair.rejected_ids, pair.rejected_scored),
-    ]
-
-
-class _SummedReference:
-    """Log-probs of whole completions, as if of their first scored token."""
-
-    def __init__(self, pairs: TokenizedPairs) -> None:
-        self._pairs = pairs
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """`(2, tokens)` of a pair: sums come out right."""
-        pair = self._pairs[index]
-        width = max(len(pair.chosen_ids), len(pair.rejected_ids))
-        stored = np.zeros((2, width), "float32")
-        for side, _, scored in _sides(pair):
-            first = 0 if scored is None else scored.index(True)
-            stored[side, first] = pair.extras[SUM_FIELDS[side]]
-        return stored
-
-
-def _choose_shapes(
-    pairs: TokenizedPairs, buckets: Sequence[int] | None
-) -> list[tuple[int, int]]:
-    """(length, tokens) of each bucket in use, ascending in both."""
-    lengths, completions = pairs.sequence_lengths, pairs.completion_lengths
-    longest = int(lengths.max())
-    if buckets is None:
-        buckets = [b for b in DEFAULT_BUCKETS if b < longest]
-        # Past the last power of two, the next multiple of 64.
-        rounded = round_up(longest, 64)
-        larger = [b for b in DEFAULT_BUCKETS if b >= longest]
-        buckets = [*buckets, min([rounded, *larger])]
-    buckets = sorted(buckets)
-    if longest > buckets[-1]:
-        raise UserError(
-            "The longest bucket must hold the longest pair. Received: "
-            f"buckets={list(buckets)}, longest pair={longest} tokens. Add a "
-            "bucket or lower max_length."
-        )
-    shapes: list[tuple[int, int]] = []
-    lower = 0
-    for bucket in buckets:
-        inside = completions[(lower < lengths) & (lengths <= bucket)]
-        lower = bucket
-        if len(inside):
-            tokens = min(round_up(inside.max(), 32), bucket)
-            # Leftovers of a shorter bucket must fit, too.
-            tokens = max([tokens, *(shape[1] for shape in shapes)])
-            shapes.append((bucket, tokens))
-    return shapes

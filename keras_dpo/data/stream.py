@@ -6,11 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from keras_dpo.data.dataset import (
-    DEFAULT_BATCH_SIZE,
-    DEFAULT_BUCKETS,
-    PreferenceDataset,
-)
+from keras_dpo.data.batches import DEFAULT_BUCKETS
+from keras_dpo.data.dataset import DEFAULT_BATCH_SIZE, PreferenceDataset
 from keras_dpo.data.order import BALANCED_BATCHES
 from keras_dpo.data.packing import Packing
 from keras_dpo.data.pairs import TokenizedPairs
