@@ -267,16 +267,22 @@ class TrainingBackup(Backup):
         restored = Restored(
             self._place, metrics, scalars, info["callbacks"], False
         )
-        end = EndOfRun.read(directory / FINISHED, step)
+        return self._with_end(restored, model, path)
+
+    def _with_end(
+        self, restored: Restored, model: Any, path: pathlib.Path
+    ) -> Restored:
+        """Say whether the run is over, or where it goes on."""
+        updates = UpdateCounter(model).updates
+        end = EndOfRun.read(path.parent / FINISHED, int(path.name))
         if end is not None and end.is_final(
-            self._epochs, UpdateCounter(model).updates, self._callbacks
+            self._epochs, updates, self._callbacks
         ):
             return restored._replace(
                 callbacks=end.history,
                 finished=True,
                 end_with_average=end.end_with_average,
             )
-        updates = UpdateCounter(model).updates
         limits = [c for c in self._callbacks if isinstance(c, StopAfter)]
         if self._place.epoch >= self._epochs or any(
             limit.is_reached(updates) for limit in limits

@@ -34,6 +34,27 @@ LEARNING_RATE = 1e-6
 LORA_LEARNING_RATE = 1e-4
 
 
+POSITIVE = (
+    "beta",
+    "learning_rate",
+    "total_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "ref_model_sync_steps",
+    "max_length",
+    "max_prompt_length",
+    "log_steps",
+    "max_steps",
+    "save_steps",
+    "num_backups",
+    "max_completion_length",
+    "max_new_tokens",
+    "evaluation_batch_size",
+    "clip_norm",
+)
+NOT_NEGATIVE = ("lora_rank", "weight_decay", "num_sample_prompts", "seed")
+
+
 @dataclasses.dataclass
 class DPOConfig:
     """Settings of a preference-tuning run.
@@ -242,36 +263,13 @@ class DPOConfig:
                 )
 
     def _check_numbers(self) -> None:
-        positive = (
-            "beta",
-            "learning_rate",
-            "total_batch_size",
-            "gradient_accumulation_steps",
-            "num_train_epochs",
-            "ref_model_sync_steps",
-            "max_length",
-            "max_prompt_length",
-            "log_steps",
-            "max_steps",
-            "save_steps",
-            "num_backups",
-            "max_completion_length",
-            "max_new_tokens",
-            "evaluation_batch_size",
-            "clip_norm",
-        )
-        for name in positive:
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(
                     f"`{name}` must be above 0. Received: {value!r}."
                 )
-        for name in (
-            "lora_rank",
-            "weight_decay",
-            "num_sample_prompts",
-            "seed",
-        ):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise UserError(
                     f"`{name}` must not be below 0. Received: "

@@ -3,6 +3,7 @@
 import html
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from keras_dpo.utils.files import write_beside
@@ -31,7 +32,8 @@ td, th { border: 1px solid #ddd; padding: .4em .6em; text-align: left;
 th { background: #f3f3f3; } li { margin: .1em 0; }
 """
 
-Points = list[tuple[float, float]]
+Point = tuple[float, float]
+Points = list[Point]
 
 
 def write_report(
@@ -88,37 +90,11 @@ def _chart(
     points = [p for group in (lines, dots) for s in group.values() for p in s]
     if not points:
         return ""
-    xs, ys = zip(*points, strict=True)
-    low, high = min(ys), max(ys)
-    # A change of the sixth digit must not fill the chart.
-    least = LEAST_SPAN * max(abs(low), abs(high)) or LEAST_SPAN
-    pad = max(0.05 * (high - low), (least - (high - low)) / 2)
-    low, high = low - pad, high + pad
-    first, last = min(0, *xs), max(*xs, 1)
-
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = LEFT + (point[0] - first) / (last - first) * (WIDTH - LEFT - 12)
-        share = (point[1] - low) / (high - low)
-        return round(x, 1), round(28 + (1 - share) * (HEIGHT - 28 - BOTTOM), 1)
-
-    parts = [f"<text x='{LEFT}' y='18' font-weight='bold'>{name}</text>"]
-    for value in (low + pad, (low + high) / 2, high - pad):
-        y = place((first, value))[1]
-        parts.append(
-            f"<line x1='{LEFT}' x2='{WIDTH - 12}' y1='{y}' y2='{y}' "
-            f"stroke='#e4e4e4'/><text x='{LEFT - 6}' y='{y + 4}' "
-            f"text-anchor='end'>{value:.3g}</text>"
-        )
-    for value in (first, last):
-        x = place((value, low))[0]
-        parts.append(
-            f"<text x='{x}' y='{HEIGHT - 8}' text-anchor='middle'>"
-            f"{value:g}</text>"
-        )
-    middle = (LEFT + WIDTH) / 2
-    parts.append(
-        f"<text x='{middle}' y='{HEIGHT - 8}' text-anchor='middle'>step</text>"
-    )
+    place, axes = _axes(points)
+    parts = [
+        f"<text x='{LEFT}' y='18' font-weight='bold'>{name}</text>",
+        *axes,
+    ]
     for index, key in enumerate(keys):
         color = COLORS[index]
         path = " ".join(f"{x},{y}" for x, y in map(place, lines[key]))
@@ -136,6 +112,42 @@ def _chart(
                 f"text-anchor='end' style='fill:{color}'>{key}</text>"
             )
     return f"<svg width='{WIDTH}' height='{HEIGHT}'>{''.join(parts)}</svg>"
+
+
+def _axes(points: Points) -> tuple[Callable[[Point], Point], list[str]]:
+    """(where a point is drawn, the grid with its numbers)."""
+    xs, ys = zip(*points, strict=True)
+    low, high = min(ys), max(ys)
+    # A change of the sixth digit must not fill the chart.
+    least = LEAST_SPAN * max(abs(low), abs(high)) or LEAST_SPAN
+    pad = max(0.05 * (high - low), (least - (high - low)) / 2)
+    low, high = low - pad, high + pad
+    first, last = min(0, *xs), max(*xs, 1)
+
+    def place(point: Point) -> Point:
+        x = LEFT + (point[0] - first) / (last - first) * (WIDTH - LEFT - 12)
+        share = (point[1] - low) / (high - low)
+        return round(x, 1), round(28 + (1 - share) * (HEIGHT - 28 - BOTTOM), 1)
+
+    parts = []
+    for value in (low + pad, (low + high) / 2, high - pad):
+        y = place((first, value))[1]
+        parts.append(
+            f"<line x1='{LEFT}' x2='{WIDTH - 12}' y1='{y}' y2='{y}' "
+            f"stroke='#e4e4e4'/><text x='{LEFT - 6}' y='{y + 4}' "
+            f"text-anchor='end'>{value:.3g}</text>"
+        )
+    for value in (first, last):
+        x = place((value, low))[0]
+        parts.append(
+            f"<text x='{x}' y='{HEIGHT - 8}' text-anchor='middle'>"
+            f"{value:g}</text>"
+        )
+    middle = (LEFT + WIDTH) / 2
+    parts.append(
+        f"<text x='{middle}' y='{HEIGHT - 8}' text-anchor='middle'>step</text>"
+    )
+    return place, parts
 
 
 def _final_table(records: list[dict[str, Any]]) -> str:

@@ -84,19 +84,10 @@ def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
     policy = make_policy(config)
     preprocessor = make_preprocessor(config, policy)
     training, validation = make_datasets(config, preprocessor)
-    model = make_model(config, policy, preprocessor)
     steps = total_steps(config, training)
-    model.compile(
-        optimizer=make_optimizer(config, steps),
-        loss=config.make_loss(),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-    )
+    model = _make_compiled(config, policy, preprocessor, steps)
     if unset.learning_rate is None:
-        trained = "LoRA adapters" if config.lora_rank else "all weights"
-        say(
-            f"Learning rate: {config.learning_rate:g}, the default for "
-            f"{trained}"
-        )
+        _say_default_rate(config)
     prompts = sample_prompts(config, validation or training)
     before = sample_answers(model, prompts, None, config.max_new_tokens)
     loggers = [
@@ -132,6 +123,27 @@ def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
         )
     say(f"Report: {directory / 'report.html'}")
     return TrainingRun(model, history, directory)
+
+
+def _make_compiled(
+    config: DPOConfig,
+    policy: keras.Model,
+    preprocessor: Any,
+    steps: int,
+) -> DPOModel:
+    """The model, compiled as the config says."""
+    model = make_model(config, policy, preprocessor)
+    model.compile(
+        optimizer=make_optimizer(config, steps),
+        loss=config.make_loss(),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    return model
+
+
+def _say_default_rate(config: DPOConfig) -> None:
+    trained = "LoRA adapters" if config.lora_rank else "all weights"
+    say(f"Learning rate: {config.learning_rate:g}, the default for {trained}")
 
 
 def evaluate(config: DPOConfig) -> dict[str, float]:

@@ -172,6 +172,13 @@ class DPOModel(PreferenceSteps):
         if getattr(preprocessor, "tokenizer", None) is not None:
             # `save_policy` keeps it with the policy.
             policy._trained_with = preprocessor
+        self._set_up_state()
+        # Sorts after `policy` and `reference`: loaded last (see the class).
+        self.stored_state = lora.StoredState(self)
+        self.built = True
+
+    def _set_up_state(self) -> None:
+        """What an uncompiled model that has not trained remembers."""
         self.preference_loss = losses.Sigmoid()
         self.gradient_accumulation_steps = 1
         self._pair_metrics = []
@@ -185,9 +192,6 @@ class DPOModel(PreferenceSteps):
         self._reference_content: dict[str, str] | None = None
         self._reference_was_dropped = False
         self._attention_windows: set[int] | None = None
-        # Sorts after `policy` and `reference`: loaded last (see the class).
-        self.stored_state = lora.StoredState(self)
-        self.built = True
 
     # --- compile --------------------------------------------------------
 
