@@ -189,7 +189,7 @@ def _without(
     for index in range(first, len(messages)):
         message = messages[index]
 
-        def replaced(*other: dict, at: int = index) -> Conversation:
+        def replaced(*other: dict[str, Any], at: int = index) -> Conversation:
             return conversation._replace(
                 messages=[*messages[:at], *other, *messages[at + 1 :]]
             )

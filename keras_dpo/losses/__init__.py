@@ -32,6 +32,41 @@ from keras_dpo.losses.pairwise import (
 )
 from keras_dpo.losses.reference_free import CPO, ORPO, SimPO
 
+__all__ = [
+    "AOT",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "BCOPair",
+    "BetaDPO",
+    "CPO",
+    "CalDPO",
+    "ChiPO",
+    "DPOP",
+    "DiscoPOP",
+    "ExoPair",
+    "FunctionLoss",
+    "Hinge",
+    "IPO",
+    "LOSSES",
+    "LossLike",
+    "NCAPair",
+    "ODPO",
+    "ORPO",
+    "PairLogProbs",
+    "PreferenceLoss",
+    "RDPO",
+    "Robust",
+    "SFT",
+    "SPPOHard",
+    "Sigmoid",
+    "SigmoidNorm",
+    "SimPO",
+    "WeightedSum",
+    "get",
+    "option_names",
+]
+
 LOSSES: dict[str, type[PreferenceLoss]] = {
     "sigmoid": Sigmoid,
     "hinge": Hinge,
@@ -113,15 +148,3 @@ f_alpha=0.5, length_average=True)
         f"reference) or a mapping of losses to weights. Received: "
         f"{identifier!r}."
     )
-
-
-__all__ = [
-    "LOSSES",
-    "FunctionLoss",
-    "LossLike",
-    "PairLogProbs",
-    "PreferenceLoss",
-    "WeightedSum",
-    "get",
-    *sorted({loss.__name__ for loss in LOSSES.values()}),
-]
