@@ -1,6 +1,5 @@
 """The command: help, config and flags, mistakes in one line."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import yaml
 from conftest import PAIRS, environment, random_pairs, tiny_policy
 
 import keras_dpo
-from keras_dpo.runs import cli
+from keras_dpo.runs import cli, train
 
 
 def call(*arguments, capsys):
@@ -392,8 +391,7 @@ def test_a_bug_of_ours_ends_with_its_traceback(command, preset, monkeypatch):
         def broken(*_, error=error):
             raise error("broken on purpose")
 
-        module = importlib.import_module("keras_dpo.train")
-        monkeypatch.setattr(module, "make_policy", broken)
+        monkeypatch.setattr(train, "make_policy", broken)
         arguments = ["--repo_id", preset / "policy", "--dataset_name"]
         with pytest.raises(error, match="on purpose"):
             command("evaluate", *arguments, preset / "pairs.jsonl")

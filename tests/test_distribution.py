@@ -174,9 +174,9 @@ def test_batch_that_does_not_divide_is_told(monkeypatch):
     from conftest import random_pairs, tiny_policy
 
     from keras_dpo import DPOModel
-    from keras_dpo.data import dataset
+    from keras_dpo.training import checks
 
-    monkeypatch.setattr(dataset, "data_parallel_size", lambda: 8)
+    monkeypatch.setattr(checks, "data_parallel_size", lambda: 8)
     model = DPOModel(tiny_policy())
     model.compile()
     with pytest.raises(ValueError, match="Use a multiple of 8"):

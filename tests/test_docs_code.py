@@ -17,7 +17,8 @@ import yaml
 from chat_tokenizer import make_chat_tokenizer, save_chat_preset
 from conftest import PAIRS, ROOT, environment, environment_of_devices
 
-from keras_dpo import DPOConfig, cli
+from keras_dpo import DPOConfig
+from keras_dpo.runs import cli
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from keras_dpo import DPOConfig, chat_templates, load_policy
+from keras_dpo import DPOConfig, load_policy
+from keras_dpo.data import chat_templates
 from keras_dpo.data.tokenizers import HuggingFaceTokenizer
 from keras_dpo.runs.train import train
 

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import importlib
 import json
 
 import keras
@@ -17,7 +16,7 @@ import keras_dpo
 from keras_dpo import DPOConfig
 from keras_dpo.data.preprocessor import DPOPreprocessor
 from keras_dpo.losses import PairLogProbs
-from keras_dpo.runs.build import make_optimizer
+from keras_dpo.runs.build import choose_attention, make_optimizer
 from keras_dpo.runs.demo import make_questions, make_tokenizer
 
 LN2 = float(np.log(2))
@@ -333,14 +332,13 @@ def test_dtype(run):
 
 def test_attn_mechanism_is_said_and_set(run, capsys):
     keras.config.enable_interactive_logging()
-    module = importlib.import_module("keras_dpo.train")
     # Keras says None for "where it is possible", False for "never".
     for name, value, said in (
         ("vanilla", False, "sequences: vanilla\n"),
         ("flash", None, "there is no flash attention on cpu"),
         ("auto", None, "sequences: auto"),
     ):
-        module.choose_attention(name)
+        choose_attention(name)
         assert keras.config.is_flash_attention_enabled() is value
         assert said in capsys.readouterr().out
     keras.config.disable_flash_attention()

@@ -104,7 +104,8 @@ def test_log_probs_come_back_as_they_went_in(small_parts, tmp_path):
 KILLED = """
 import sys, time
 from conftest import random_pairs
-from keras_dpo import PreferenceDataset, reference_store
+from keras_dpo import PreferenceDataset
+from keras_dpo.references import store as reference_store
 reference_store.PAIRS_PER_PART = 4
 import numpy as np
 pairs = PreferenceDataset(random_pairs(40), verbose=False).pairs
@@ -184,7 +185,8 @@ def test_content_names_what_it_was_computed_from(tmp_path):
 FILLED_BY_TWO = """
 import sys, time
 from conftest import random_pairs
-from keras_dpo import PreferenceDataset, reference_store
+from keras_dpo import PreferenceDataset
+from keras_dpo.references import store as reference_store
 reference_store.PAIRS_PER_PART = 4
 import numpy as np
 pairs = PreferenceDataset(random_pairs(40), verbose=False).pairs

@@ -170,11 +170,11 @@ def test_a_higher_limit_goes_on(limit, higher, tmp_path, caplog):
     first = limited("b", limit)
     assert int(first.optimizer.iterations.value) == limit
     again = limited("b", limit)
-    assert "nothing left to do" in caplog.text
+    assert "nothing to resume" in caplog.text
     check_same(again, first)
     caplog.clear()
     found = limited("b", higher)
-    assert "nothing left to do" not in caplog.text
+    assert "nothing to resume" not in caplog.text
     check_same(found, expected)
     assert records(tmp_path / "b.jsonl") == records(tmp_path / "a.jsonl")
 
@@ -183,7 +183,7 @@ def test_a_higher_limit_of_the_same_epochs_is_finished(tmp_path, caplog):
     """The limit was the last epoch's end."""
     first = run(tmp_path, [StopAfter(6)])
     check_same(run(tmp_path, [StopAfter(9)]), first)
-    assert "nothing left to do" in caplog.text
+    assert "nothing to resume" in caplog.text
 
 
 class DieInValidation(keras.callbacks.Callback):
@@ -255,7 +255,7 @@ def test_what_early_stopping_ended_stays_finished(tmp_path, caplog):
     for epochs in (5, 8):
         caplog.clear()
         check_same(stopped(epochs), first)
-        assert "nothing left to do" in caplog.text
+        assert "nothing to resume" in caplog.text
         assert "EarlyStopping, ended that run. Remove" in caplog.text
     (tmp_path / "finished.json").unlink()
     more = run(tmp_path, epochs=5)

@@ -272,7 +272,7 @@ def test_a_finished_run_has_nothing_left_and_more_epochs_go_on(
     caplog.set_level("INFO", "keras_dpo")
     first = run(tmp_path, epochs=1)
     again = run(tmp_path, epochs=1)
-    assert "nothing left to do" in caplog.text
+    assert "nothing to resume" in caplog.text
     for a, b in zip(
         values_of(first.policy.weights),
         values_of(again.policy.weights),
