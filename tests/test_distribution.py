@@ -44,7 +44,7 @@ def distribute(kind):
 
 def run(kind, lora, loss):
     distribute(kind)
-    policy = tiny_policy()
+    policy = tiny_policy(layers=1)
     if lora == "lora":
         keras.utils.set_random_seed(1)
         policy.backbone.enable_lora(2)
@@ -150,6 +150,7 @@ def test_meshes_equal_one_device(kind):
     ("kind", "lora"),
     [("fsdp", "full"), ("mesh", "full"), ("mesh", "lora"), ("whole", "full")],
 )
+@pytest.mark.slow
 def test_our_meshes_equal_one_device(kind, lora):
     """And hold, fully sharded, an eighth of the bytes on each device."""
     found = run(kind, lora)
@@ -166,6 +167,7 @@ def test_our_meshes_equal_one_device(kind, lora):
         assert set(found["share"].values()) == {1 / 8}
 
 
+@pytest.mark.slow
 def test_a_loss_that_couples_pairs_sees_the_global_batch():
     assert_equal(run("data", loss="aot"), run("one", loss="aot"))
 

@@ -12,7 +12,7 @@ from conftest import random_pairs
 from test_log_probs import make
 from test_packed_backbone import CASES
 
-from keras_dpo import DPOModel
+from keras_dpo import DPOModel, Execution
 from keras_dpo.compat.compilation import compiler_options
 from keras_dpo.scoring.flat_products import product, transposed
 
@@ -78,7 +78,10 @@ def test_rows_of_bfloat16_are_as_exact_as_the_plain_path(case):
     """And train: XLA refuses a product that it transposed too late."""
     exact, losses = run_family(case, "float32")
     errors = {}
-    for name, options in (("rows", {}), ("plain", {"attention": "keras"})):
+    for name, options in (
+        ("rows", {}),
+        ("plain", {"execution": Execution(attention="keras")}),
+    ):
         log_probs, found = run_family(case, "mixed_bfloat16", **options)
         errors[name] = np.sqrt(np.mean((log_probs - exact) ** 2))
         np.testing.assert_allclose(found, losses, atol=0.05)
