@@ -70,7 +70,7 @@ def plain_run(whole):
 
 
 def model_callbacks(options):
-    if options.get("reference") == "precomputed":
+    if options.get("precompute_reference"):
         return []
     return [keras_dpo.callbacks.ReferenceSync(every=2, alpha=0.5)]
 
