@@ -25,12 +25,12 @@ TARGETS = {
     "data/order.py": ["test_packing", "test_preprocessor", "test_pairs"],
     "data/layouts.py": ["test_records", "test_conversations"],
     "data/records.py": ["test_records"],
-    "preprocessor.py": ["test_preprocessor", "test_conversations"],
-    "precompute.py": ["test_reference_store", "test_sequences"],
-    "reference_store.py": ["test_reference_store", "test_sequences"],
-    "initial_weights.py": ["test_sequences"],
-    "training_state.py": ["test_training_backup"],
-    "vocabulary_head.py": ["test_vocabulary_head", "test_log_probs"],
+    "data/preprocessor.py": ["test_preprocessor", "test_conversations"],
+    "references/precompute.py": ["test_reference_store", "test_sequences"],
+    "references/store.py": ["test_reference_store", "test_sequences"],
+    "references/initial_weights.py": ["test_sequences"],
+    "training/state.py": ["test_training_backup"],
+    "scoring/vocabulary_head.py": ["test_vocabulary_head", "test_log_probs"],
 }
 COMPARISONS = {
     ast.Lt: ast.LtE,
@@ -167,7 +167,7 @@ def is_told(directory, tests, timeout):
         if not path.exists():
             continue
         command = [
-            sys.executable, "-m", "pytest", "-x", "-q", "-m", "",
+            sys.executable, "-m", "pytest", "-x", "-q",
             "-p", "no:cacheprovider", str(path),
         ]  # fmt: skip
         try:
