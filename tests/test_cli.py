@@ -467,3 +467,51 @@ def test_command_chooses_its_own_backend():
     )
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
+
+
+def test_evaluate_takes_the_validation_pairs_where_they_are_named(
+    command, preset
+):
+    lines = (preset / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (preset / "valid.jsonl").write_text("".join(lines[:4]))
+    common = ["--repo_id", preset / "policy", "--dataset_name"]
+    common.append(preset / "pairs.jsonl")
+    status, out, err = command(
+        "evaluate", *common, "--validation_dataset_name", preset / "valid.jsonl"
+    )
+    assert status == 0, err
+    assert "Evaluating the validation pairs" in out
+    assert "Rows: 4 " in out
+    assert "the reference is the policy itself" in out
+
+
+@pytest.mark.parametrize("what", ["missing", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["plan", "inspect", "generate"])
+def test_a_preset_that_is_not_one_is_one_line(what, name, command, tmp_path):
+    path = tmp_path / "preset"
+    if what != "missing":
+        path.mkdir()
+        (path / "config.json").write_text('{"model_type": "llama"}')
+        (path / what).write_text("{ this is no JSON")
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    )
+    arguments = ["--repo_id", path]
+    if name == "generate":
+        arguments += ["--prompt", "a"]
+    else:
+        arguments += ["--dataset_name", tmp_path / "pairs.jsonl"]
+    status, _, err = command(name, *arguments)
+    assert status == 2, err
+    assert err.count("\n") == 1, err
+    assert "preset" in err
+
+
+def test_an_unknown_sampler_is_one_line(command, chat_preset):
+    status, _, err = command(
+        "generate", "--repo_id", chat_preset, "--prompt", "a",
+        "--sampler", "nonsense",
+    )  # fmt: skip
+    assert status == 2, err
+    assert err.count("\n") == 1, err
+    assert "nonsense" in err

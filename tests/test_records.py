@@ -963,3 +963,41 @@ def test_csv_cells_hold_any_character(tmp_path):
             writer.writeheader()
             writer.writerows([row, row])
         assert read_rows(tmp_path / "x.csv") == [row, row]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_csv_row_with_a_comma_too_many_is_told(row, tmp_path):
+    """It moved every cell: the good answer was trained as the rejected one."""
+    lines = ["q1,good,bad", "q2,good,bad"]
+    lines[row] = "Hello, world,Hi!,Go away"
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["prompt,chosen,rejected", *lines]))
+    with pytest.raises(ValueError, match=f"Row {row} .* has 4 cells"):
+        read_rows(path)
+
+
+def test_a_csv_column_that_is_named_twice_is_told(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(ValueError, match="'chosen' twice"):
+        read_rows(path)
+
+
+def test_parquet_that_cannot_be_read_is_told(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(b"not parquet at all")
+    with pytest.raises(ValueError, match="pairs.parquet' is not parquet"):
+        read_rows(path)
+    rows = [
+        {"prompt": f"question {n}", "chosen": "a" * n, "rejected": "b"}
+        for n in range(500)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    content = bytearray(path.read_bytes())
+    content[200:2000] = b"x" * 1800
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="pairs.parquet' is not parquet"):
+        read_rows(path)

@@ -151,3 +151,19 @@ def test_loading_lora_weights_into_another_rank_is_told(tmp_path):
     plain = trained(tiny_policy(), epochs=1)
     with pytest.raises(ValueError):  # noqa: PT011  Keras' own may come first
         plain.load_weights(tmp_path / "model.weights.h5")
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_loss_scaling_is_as_it_was_compiled(scales, tmp_path):
+    """A loaded optimizer was another, without its state."""
+    model = DPOModel(tiny_policy(layers=1, dtype="mixed_float16"))
+    model.compile(keras.optimizers.Adam(1e-3), auto_scale_loss=scales)
+    model.fit(random_pairs(4), batch_size=4, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is type(model.optimizer)
+    assert hasattr(model.optimizer, "inner_optimizer") == scales
+    for a, b in zip(
+        loaded.optimizer.variables, model.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(np.array(a.value), np.array(b.value))

@@ -438,3 +438,69 @@ def test_three_rounds_each_begin_at_ln_2(reference, lora, place, tmp_path):
             policy = keras_dpo.load_policy(tmp_path / f"round_{number}")
             if lora:
                 policy.backbone.enable_lora(2)
+
+
+# --- The optimizer's average in the weights' place --------------------------
+
+
+def averaging(policy=None):
+    model = DPOModel(policy or tiny_policy(layers=1))
+    model.compile(keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.5))
+    return model
+
+
+def test_an_average_outlives_what_comes_after_fit(tmp_path):
+    """Keras leaves one array to the policy and to the optimizer."""
+    pairs = data()
+    straight, other = averaging(), averaging()
+    for model in (straight, other):
+        model.fit(pairs, epochs=2, verbose=0)
+    averages = [
+        np.array(v.value)
+        for v in other.optimizer._model_variables_moving_average
+    ]
+    other.evaluate(pairs, verbose=0)
+    scores = other.predict(pairs, verbose=0)
+    other.save(tmp_path / "model.keras")
+    for average, variable in zip(
+        averages, other.optimizer._model_variables_moving_average, strict=True
+    ):
+        np.testing.assert_array_equal(average, np.array(variable.value))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_scores(loaded.predict(pairs, verbose=0), scores)
+    losses = [
+        model.fit(pairs, epochs=2, verbose=0).history["loss"]
+        for model in (straight, other)
+    ]
+    assert losses[0] == losses[1]
+    averaging(other.policy).fit(pairs, verbose=0)
+
+
+def test_keras_still_shares_averages_with_weights():
+    """If this fails, `compat.averages` can go."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1, use_ema=True), loss="mse")
+    model.fit(np.ones((4, 4)), np.ones((4, 1)), verbose=0)
+    averages = model.optimizer._model_variables_moving_average
+    for average, weight in zip(
+        averages, model.trainable_variables, strict=True
+    ):
+        assert average.value is weight.value
+
+
+# --- Columns of the data in one dataset alone --------------------------------
+
+
+@pytest.mark.parametrize("side", ["training", "validation"])
+def test_training_and_validation_have_one_reference(side):
+    columns = {
+        "reference_chosen_log_prob": -3.0,
+        "reference_rejected_log_prob": -4.0,
+    }
+    rows = random_pairs(8)
+    given = [{**row, **columns} for row in rows]
+    train, valid = (given, rows) if side == "training" else (rows, given)
+    model = compiled(reference="precomputed")
+    with pytest.raises(ValueError, match=f"The {side} pairs alone"):
+        model.fit(train, batch_size=4, validation_data=valid, verbose=0)
+    model.fit(given, batch_size=4, validation_data=given, verbose=0)

@@ -9,7 +9,7 @@ import pytest
 from conftest import random_pairs, tiny_policy, values_of
 
 import keras_dpo
-from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor
+from keras_dpo import DPOConfig, DPOModel, DPOPreprocessor, Execution
 from keras_dpo.callbacks import TrainingBackup
 from keras_dpo.data import PreferenceStream, reading
 from keras_dpo.data import order as order_module
@@ -140,7 +140,9 @@ def random_pairs_again():
     return Source(random_pairs(30))
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"execution": Execution(packing=False)}]
+)
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_bits(options, tmp_path):
     expected = fit(Source(random_pairs(30)), **options)
@@ -199,7 +201,7 @@ def test_what_cannot_be_is_told():
     with pytest.raises(ValueError, match="Row 0 has .* max_length .* 32"):
         stream([long, *rows])
     once = stream(iter(rows))
-    with pytest.raises(ValueError, match="an iterator, which cannot be read"):
+    with pytest.raises(ValueError, match="an iterator, and ended after 9 rows"):
         seen(once, 20)
     same = {**rows[0], "rejected_ids": rows[0]["chosen_ids"]}
     with pytest.raises(ValueError, match="No pair is left"):
@@ -253,3 +255,26 @@ def test_a_config_streams(tmp_path):
         *range(1, 6)
     ]
     assert len(done.history["val_loss"]) == 2
+
+
+def test_an_iterator_with_enough_rows_is_enough():
+    """Its last window is shorter: 4 batches of 2 a window, 6 are needed."""
+    rows = random_pairs(13)
+    dataset = stream(iter(rows[:12]), steps=6)
+    batches = seen(dataset, 6)
+    assert len({side for batch in batches for side in batch}) == 24
+    dataset = stream(iter(rows), steps=8)
+    with pytest.raises(ValueError, match="ended after 13 rows"):
+        seen(dataset, 8)
+
+
+def test_a_repeated_grain_dataset_never_ends():
+    import grain
+
+    rows = random_pairs(6)
+    endless = grain.MapDataset.source(rows).repeat()
+    model = DPOModel(tiny_policy(layers=1))
+    model.compile()
+    model.fit(endless, batch_size=2, steps_per_epoch=3, verbose=0)
+    with pytest.raises(ValueError, match="has no end"):
+        model.evaluate(endless, batch_size=2, verbose=0)

@@ -1,10 +1,12 @@
 """Where rows come from: files, hubs and other libraries' datasets."""
 
+import contextlib
 import csv
 import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import (
     Callable,
     Iterable,
@@ -13,7 +15,7 @@ from collections.abc import (
     Sequence,
     Sized,
 )
-from itertools import chain, islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -134,17 +136,25 @@ def has_length(source: Any) -> bool:
     if isinstance(source, str | os.PathLike):
         return True
     try:
-        return len(source) >= 0
+        # grain's number for a dataset that repeats without end.
+        return 0 <= len(source) < sys.maxsize
     except TypeError:
         return False
 
 
 def _rows_of(source: Iterable[Any], name: str) -> Rows:
     count = len(source) if isinstance(source, Sized) else None
+    is_endless = count == sys.maxsize
     own = getattr(source, "split", None)
     # A plain list may be sliced under the name that everything has.
     splits = ("train",) if own is None else ("train", str(own))
-    return Rows(lambda: source, name, count, splits=splits)
+    return Rows(
+        lambda: source,
+        name,
+        None if is_endless else count,
+        is_endless,
+        splits=splits,
+    )
 
 
 def _open_path(path: str, split: str | None, streaming: bool) -> Rows:
@@ -198,13 +208,10 @@ def _open_file(file: pathlib.Path) -> Rows:
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
-        table = pyarrow.parquet.ParquetFile(file, memory_map=True)
+        with _readable_parquet(name):
+            table = pyarrow.parquet.ParquetFile(file, memory_map=True)
         return Rows(
-            lambda: chain.from_iterable(
-                part.to_pylist() for part in table.iter_batches(ROWS_AT_ONCE)
-            ),
-            name,
-            table.metadata.num_rows,
+            lambda: _read_parquet(table, name), name, table.metadata.num_rows
         )
     if file.suffix == ".jsonl":
         return Rows(lambda: _read_json_lines(file), name)
@@ -222,6 +229,27 @@ def _open_file(file: pathlib.Path) -> Rows:
             f"{type(rows).__name__}. One object a line is .jsonl."
         )
     return Rows(lambda: rows, name, len(rows))
+
+
+def _read_parquet(table: Any, name: str) -> Iterator[Any]:
+    parts = table.iter_batches(ROWS_AT_ONCE)
+    while True:
+        with _readable_parquet(name):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield from part.to_pylist()
+
+
+@contextlib.contextmanager
+def _readable_parquet(name: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The file {name} is not parquet: {reason}") from error
 
 
 def _read_lines(file: pathlib.Path) -> Iterator[str]:
@@ -243,11 +271,31 @@ def _read_lines(file: pathlib.Path) -> Iterator[str]:
 def _read_csv(file: pathlib.Path) -> Iterator[Any]:
     lines = (part for line in _read_lines(file) for part in LINE.findall(line))
     try:
-        yield from csv.DictReader(lines)
+        yield from _read_cells(csv.reader(lines), f"the file {str(file)!r}")
     except csv.Error as error:
         raise UserError(f"The file {str(file)!r} is not CSV: {error}") from (
             error
         )
+
+
+def _read_cells(
+    lines: Iterator[list[str]], name: str
+) -> Iterator[dict[str, str | None]]:
+    """Rows under the names of the first line; blank lines are no rows."""
+    header = next(lines, [])
+    for column in header:
+        if header.count(column) > 1:
+            raise UserError(
+                f"{name} names the column {column!r} twice. Rename one of them."
+            )
+    for number, cells in enumerate(cells for cells in lines if cells):
+        if len(cells) > len(header):
+            raise UserError(
+                f"Row {number} of {name} has {len(cells)} cells, and its "
+                f"header names {len(header)}. Quote cells that hold a comma."
+            )
+        # A cell that is missing is refused where it is needed.
+        yield dict(zip_longest(header, cells))
 
 
 def _read_json_lines(file: pathlib.Path) -> Iterator[Any]:

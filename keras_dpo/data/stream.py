@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from keras_dpo.data.batches import DEFAULT_BUCKETS
 from keras_dpo.data.dataset import DEFAULT_BATCH_SIZE, PreferenceDataset
 from keras_dpo.data.order import BALANCED_BATCHES
@@ -105,6 +107,22 @@ class PreferenceStream(PreferenceDataset):
         """Tokens of the longest prompt and completion that may come."""
         return self.preprocessor.max_length
 
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches of a window."""
+        return self._windows.size // self.batch_size
+
+    def batch_indices(self, index: int) -> np.ndarray:
+        try:
+            return super().batch_indices(index)
+        except IndexError as error:
+            rows = self._reader.rows
+            raise UserError(
+                f"{rows.name} is an iterator, and ended after "
+                f"{self.report.num_rows} rows; training needs more. Pass a "
+                "dataset that can be read again, or fewer steps."
+            ) from error
+
     def _order(self, number: int) -> Any:
         self._enter(number)
         return super()._order(number)
@@ -181,7 +199,7 @@ class _Windows:
     """A stream's windows in order; this and the one before are kept."""
 
     def __init__(self, stream: PreferenceStream, size: int) -> None:
-        self._stream, self._size = stream, size
+        self._stream, self.size = stream, size
         self.starts = {0: Start(0, 0)}
         self._kept: dict[int, tuple[TokenizedPairs, list[int]]] = {}
         # The window that is read next, once reading has begun.
@@ -219,7 +237,7 @@ class _Windows:
 
     def _take(self, rows: list[int]) -> Iterator[Tokenized]:
         begun = self._place.number
-        while len(rows) < self._size:
+        while len(rows) < self.size:
             found = next(self._pairs, None)
             if found is not None:
                 rows.append(found[0])
@@ -227,6 +245,9 @@ class _Windows:
                 yield found[1]
             elif not rows and self._place.number > begun:
                 # A whole pass, and not one pair.
+                return
+            elif rows and self._stream._reader.rows.is_iterator:
+                # A last, shorter window.
                 return
             else:
                 self._begin(Start(self._place.number + 1, 0))

@@ -72,6 +72,19 @@ def generate_each(
     return [tokenizer.decode(ids, strip_special).strip() for ids in answers]
 
 
+def _make_sampler(sampler: Any) -> Any:
+    import keras_hub
+
+    made = keras_hub.samplers.get(sampler)
+    if not isinstance(made, keras_hub.samplers.Sampler):
+        # Keras-Hub (0.32) hands an unknown name back.
+        raise UserError(
+            "`sampler` must be a Keras-Hub sampler or its name, such as "
+            f"'greedy', 'top_p' or 'top_k'. Received: {sampler!r}."
+        )
+    return made
+
+
 def generate_ids(
     policy: keras.Model,
     prompt_ids: Sequence[list[int]],
@@ -84,8 +97,6 @@ def generate_ids(
     Raises:
         ValueError: They need more positions than the policy knows.
     """
-    import keras_hub
-
     longest = max(map(len, prompt_ids)) + max_new_tokens
     # Few lengths, few compilations.
     length = -(-longest // 64) * 64
@@ -105,7 +116,7 @@ def generate_ids(
         token_ids[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
     own = policy.__dict__.get("sampler"), policy.generate_function
-    policy.sampler = keras_hub.samplers.get(sampler)
+    policy.sampler = _make_sampler(sampler)
     policy.generate_function = None
     try:
         # `generate` with a preprocessor attached would tokenise again.

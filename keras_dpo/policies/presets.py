@@ -59,21 +59,11 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
 
     preset = _local_first(preset)
     config = _read_config(preset)
-    try:
+    with _loadable(preset):
         if config.get("model_type") == "llama":
             policy = _load_llama(preset, config, dtype)
         else:
             policy = keras_hub.models.CausalLM.from_preset(preset, dtype=dtype)
-    except (ValueError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"The preset {preset!r} cannot be loaded: {reason}"
-        ) from error
-    except KeyError as error:
-        raise UserError(
-            f"The preset {preset!r} cannot be loaded: its configuration has "
-            f"no {error}."
-        ) from error
     policy._huggingface_tokenizer = _load_tokenizer(preset, config)
     policy._chat_format = load_chat_format(preset)
     return policy
@@ -93,7 +83,8 @@ def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
         family = keras_hub.models.Llama3Backbone
     else:
         family = keras_hub.models.Backbone
-    backbone = family.from_preset(preset, dtype=dtype, **options)
+    with _loadable(preset):
+        backbone = family.from_preset(preset, dtype=dtype, **options)
     name = type(backbone).__name__.replace("Backbone", "CausalLM")
     task = getattr(keras_hub.models, name)
     return task(backbone=backbone, preprocessor=None)
@@ -103,7 +94,8 @@ def count_layers(preset: str) -> int:
     """Decoder layers of a preset, from its configuration alone."""
     config = _configuration(preset)
     layers = config.get("num_hidden_layers")
-    return int(layers or config["config"]["num_layers"])
+    with _loadable(preset):
+        return int(layers or config["config"]["num_layers"])
 
 
 def load_tokenizer(preset: str) -> Any:
@@ -114,7 +106,8 @@ def load_tokenizer(preset: str) -> Any:
     tokenizer = _load_tokenizer(preset, _read_config(preset))
     if tokenizer is not None:
         return tokenizer
-    return keras_hub.tokenizers.Tokenizer.from_preset(preset)
+    with _loadable(preset):
+        return keras_hub.tokenizers.Tokenizer.from_preset(preset)
 
 
 def load_chat_format(preset: str) -> dict[str, Any]:
@@ -150,9 +143,33 @@ def _configuration(preset: str) -> dict[str, Any]:
     import keras_hub
 
     preset = _local_first(preset)
-    return _read_config(preset) or keras_hub.src.utils.preset_utils.load_json(
-        preset
-    )
+    with _loadable(preset):
+        return _read_config(
+            preset
+        ) or keras_hub.src.utils.preset_utils.load_json(preset)
+
+
+@contextlib.contextmanager
+def _loadable(preset: str) -> Iterator[None]:
+    """One line on a preset that is not there, or damaged."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(
+            f"The preset {preset!r} cannot be loaded: its configuration has "
+            f"no {error}."
+        ) from error
+    except (ValueError, OSError) as error:
+        text = str(error) or type(error).__name__
+        reason = text.splitlines()[0]
+        if "Unknown preset identifier" in text:
+            reason = (
+                "it is neither a directory, nor a preset of Keras-Hub, nor "
+                "hf://owner/name"
+            )
+        raise UserError(
+            f"The preset {preset!r} cannot be loaded: {reason}"
+        ) from error
 
 
 def _read_config(preset: str) -> dict[str, Any]:
@@ -171,7 +188,16 @@ def _read_config(preset: str) -> dict[str, Any]:
                 "model."
             )
         return {}
-    return json.loads(path.read_text())
+    return _read_json(path)
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"The file {str(path)!r} is not JSON: {error}") from (
+            error
+        )
 
 
 def _load_llama(preset: str, config: dict[str, Any], dtype: Any) -> Any:
@@ -215,6 +241,8 @@ def _load_tokenizer(preset: str, config: dict[str, Any]) -> Any:
         source = preset
     else:
         return None
+    if (directory / "tokenizer.json").exists() and source == preset:
+        _read_json(directory / "tokenizer.json")
     return HuggingFaceTokenizer(source).tokenizer
 
 

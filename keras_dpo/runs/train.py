@@ -162,14 +162,24 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
     model.compile(loss=config.make_loss())
     for line in describe_text(preprocessor):
         say(line)
+    name, split = config.dataset_name, config.dataset_split
+    if config.validation_dataset_name or config.validation_split:
+        name = config.validation_dataset_name or name
+        split = config.validation_split or "train"
+        say(f"Evaluating the validation pairs: {name}, {split}")
     dataset = PreferenceDataset(
-        config.dataset_name,
+        name,
         preprocessor,
         config.evaluation_batch_size or config.total_batch_size,
         shuffle=False,
-        split=config.dataset_split,
+        split=split,
         column_map=config.column_map,
     )
+    if model.reference.keeps_snapshot:
+        say(
+            "Note: the reference is the policy itself, so every reward is 0. "
+            "Compare with another by --reference_model_repo_id."
+        )
     return model.evaluate(dataset, return_dict=True)
 
 

@@ -1,6 +1,6 @@
 """What is checked, and said aloud, before training starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -268,6 +268,29 @@ def check_one_reference(model: Any, dataset: Any) -> None:
             "reference_chosen_log_prob and reference_rejected_log_prob in the "
             "data, precompute_reference=True. Remove the columns, or use "
             "reference='precomputed' to read them."
+        )
+
+
+def check_same_source_of_reference(
+    model: Any, views: Sequence[PreferenceDataset]
+) -> None:
+    """Raise where training and validation would have other references."""
+    if not model.reference.is_stored or len(views) < 2:
+        return
+    names = ("training", "validation")
+    with_columns = [
+        name
+        for name, view in zip(names, views, strict=True)
+        if view.has_reference
+    ]
+    if len(with_columns) == 1:
+        (name,) = with_columns
+        raise UserError(
+            f"The {name} pairs alone hold reference log-probs; the others' "
+            "would be of the initial policy, which is another reference. "
+            "Received: reference_chosen_log_prob and "
+            f"reference_rejected_log_prob in the {name} data. Give both or "
+            "neither."
         )
 
 

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_dpo import losses
+from keras_dpo.compat.averages import separate_averages
 from keras_dpo.compat.resumable_epochs import resumable_epochs
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.packing import Packing
@@ -255,6 +256,7 @@ class DPOModel(PreferenceSteps):
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "run_eagerly": self.run_eagerly,
             "jit_compile": self.jit_compile,
+            "auto_scale_loss": kwargs.get("auto_scale_loss", True),
         }
 
     def get_compile_config(self) -> dict[str, Any] | None:
@@ -390,6 +392,7 @@ class DPOModel(PreferenceSteps):
                     initial_epoch=initial_epoch,
                     validation_freq=validation_freq,
                 )
+            separate_averages(self)
         finally:
             self._fitting = False
             self._forget_initial_weights()

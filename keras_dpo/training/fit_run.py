@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_dpo.compat.averages import separate_averages
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.training.after_step import AfterStep
 from keras_dpo.training.backups import Backup, Restored
@@ -72,6 +73,7 @@ class FitRun:
         if restored.end_with_average:
             # With `use_ema`, as Keras does at the end of `fit`.
             model.optimizer.finalize_variable_values(model.trainable_variables)
+            separate_averages(model)
         return model.history
 
     def end(self) -> None:

@@ -12,7 +12,11 @@ from keras_dpo.references.precompute import (
     drop_reference_model,
     fill_in_reference,
 )
-from keras_dpo.training.checks import check_dataset, check_one_reference
+from keras_dpo.training.checks import (
+    check_dataset,
+    check_one_reference,
+    check_same_source_of_reference,
+)
 from keras_dpo.training.memory import layers_must_be_rematerialized
 
 
@@ -44,6 +48,7 @@ def prepare_training(
     views = [view_of(model, train, micro_batches)]
     if valid is not None:
         views.append(view_of(model, valid))
+    check_same_source_of_reference(model, views)
     _fill_in_reference(model, *views)
     train = in_rows(model, views[0], micro_batches, epochs)
     if valid is not None:
