@@ -4,8 +4,8 @@ import os
 import pathlib
 import sys
 
-# The command owns its process and chooses the backend; an import leaves
-# a user's explicit choice alone and refuses it below.
+# The command owns its process and sets the backend; a plain import keeps a
+# backend that the user set explicitly, and rejects it below.
 _is_command = pathlib.Path(sys.argv[0] if sys.argv else "").name in (
     "keras-dpo",
     "-m",

@@ -1,4 +1,4 @@
-"""`python -m keras_dpo` is `keras-dpo`."""
+"""Entry point: `python -m keras_dpo` runs the `keras-dpo` command."""
 
 from keras_dpo.runs.cli import main
 

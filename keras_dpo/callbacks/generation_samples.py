@@ -1,4 +1,4 @@
-"""`GenerationSamples`: what the policy says now, beside the reference."""
+"""`GenerationSamples`: sample answers of policy and reference in training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,17 +14,17 @@ Samples = list[dict[str, str]]
 
 
 class GenerationSamples(AfterStep):
-    """Answers a few prompts every N steps, policy beside reference.
+    """Answers a few prompts with policy and reference every N steps.
 
     Args:
         prompts: Strings, message lists, or mappings with messages as `prompt`
-            and JSON schemas as `tools`; or one of them.
-        every: Optimizer steps between samples. None: when training begins
-            and ends.
-        preprocessor: The model's own if left out.
-        max_new_tokens: Tokens of an answer at most.
+            and JSON schemas as `tools`; or a single one of these.
+        every: Optimizer steps between samples. None samples when training
+            begins and ends.
+        preprocessor: A `DPOPreprocessor`; defaults to the model's own.
+        max_new_tokens: Maximum length of an answer in tokens.
         sampler: A Keras-Hub sampler or its name.
-        on_samples: Called with (step, samples), besides printing.
+        on_samples: Called with (step, samples), in addition to printing.
 
     Attributes:
         samples: Step -> list of prompt, policy and reference texts.
@@ -63,7 +63,7 @@ class GenerationSamples(AfterStep):
             self._sample()
 
     def _sample(self) -> None:
-        # Reading `self.model` brings the variables up to date.
+        # Reading `self.model` syncs the variables from the step state.
         samples = sample_answers(
             self.model,
             self.prompts,
@@ -88,7 +88,7 @@ def sample_answers(
     max_new_tokens: int = 64,
     sampler: Any = "greedy",
 ) -> Samples:
-    """Prompt, policy's and (where there is one) reference's answer."""
+    """Answer each prompt with the policy and, if any, the reference."""
     preprocessor = preprocessor or model.preprocessor
     if not prompts:
         return []
@@ -112,6 +112,6 @@ def sample_answers(
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one string to show: its last turn."""
+    """The last turn of a prompt, as a string to display."""
     turns: Any = prompt["prompt"] if isinstance(prompt, Mapping) else prompt
     return turns if isinstance(turns, str) else turns[-1]["content"]

@@ -1,4 +1,4 @@
-"""`NaNGuard`: stop at the first loss that is not a number, and say why."""
+"""`NaNGuard`: stop at the first non-finite loss, and explain it."""
 
 import json
 import math
@@ -14,22 +14,22 @@ from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.training.after_step import AfterStep
 from keras_dpo.utils.files import write_beside
 
-# Of a weight, a margin or a stored log-prob, in nats.
+# Implausible size of a weight, a margin or a stored log-prob, in nats.
 EXTREME = 1e6
 
 
 class NaNGuard(AfterStep):
     """Ends training when the loss is NaN or infinite.
 
-    No step waits for it: losses are read while later steps run, so training
-    ends a step or two after the loss went wrong. The error tells the step, the
-    rows of its batch and the likely cause; the rows' token ids are saved.
+    It never blocks a step: losses are read while later steps run, so training
+    ends a step or two after the bad loss. The error names the batch, its rows
+    and the likely cause; the rows' token ids are saved.
 
     Args:
-        directory: Where `nonfinite-step-N.json` is written.
+        directory: Directory that `nonfinite-step-N.json` is written to.
 
     Raises:
-        FloatingPointError: In `fit`, when it happens.
+        FloatingPointError: In `fit`, when the loss is not finite.
     """
 
     def __init__(self, directory: str | os.PathLike[str] = ".") -> None:
@@ -39,7 +39,7 @@ class NaNGuard(AfterStep):
         self._begin_epoch(0)
 
     def before_fit(self, dataset: PreferenceDataset) -> None:
-        """`fit` tells which pairs are trained on."""
+        """Remember the training pairs, to report rows."""
         self._dataset = dataset
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -57,14 +57,14 @@ class NaNGuard(AfterStep):
         super().on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        # In Keras' other threads where there are any: they may wait for the
-        # step, and come in any order.
+        # May run in Keras' other threads, where it can block on the step and
+        # calls come in any order.
         loss = float((logs or {}).get("loss", 0.0))
         (self._finite if math.isfinite(loss) else self._not_finite).add(batch)
         super().on_train_batch_end(batch, logs)
 
     def after_step(self, step: int) -> None:
-        """Nothing more: it need not wait for the end of an accumulation."""
+        """No-op: the check need not wait for a whole accumulation."""
 
     def after_batch(self) -> None:
         if self._not_finite:
@@ -107,7 +107,7 @@ class NaNGuard(AfterStep):
 
 
 def likely_cause(model: Any) -> str:
-    """Why a loss is not finite, from what the variables hold now."""
+    """Explain a non-finite loss from the current values of the variables."""
     reference = _nonfinite(model.reference.variables)
     trained = {id(v) for v in model.trainable_variables}
     frozen = _nonfinite(v for v in model.policy.weights if id(v) not in trained)

@@ -1,4 +1,4 @@
-"""`PolicyCheckpoint`: presets of the policy along the way."""
+"""`PolicyCheckpoint`: save policy presets during training."""
 
 import os
 import pathlib
@@ -8,9 +8,10 @@ from keras_dpo.training.after_step import AfterStep
 
 
 class PolicyCheckpoint(AfterStep):
-    """Saves the policy as a preset every N steps, LoRA merged.
+    """Saves the policy as a preset every N steps, with LoRA merged.
 
-    To go on from, not to resume: optimizer and reference are not in it.
+    A start for further training, not for resuming: presets hold neither
+    optimizer nor reference.
 
     Args:
         directory: Presets are written to `directory/step_N`.

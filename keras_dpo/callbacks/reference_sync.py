@@ -1,4 +1,4 @@
-"""`ReferenceSync`: let the reference follow the policy."""
+"""`ReferenceSync`: update the reference from the policy during training."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ from keras_dpo.training.after_step import AfterStep
 
 
 class ReferenceSync(AfterStep):
-    """reference <- alpha * policy + (1 - alpha) * reference, every N steps.
+    """Moves the reference towards the policy every N steps.
 
-    With LoRA the adapters are mixed, which is all that differs. The first
-    sync comes after optimizer step `every`.
+    Computes `reference <- alpha * policy + (1 - alpha) * reference`; with LoRA
+    only the adapters, since nothing else differs. The first sync follows
+    optimizer step `every`.
 
     Args:
         every: Optimizer steps between syncs.
-        alpha: Share of the policy, in (0, 1]. 1 is a copy.
+        alpha: Weight of the policy, in (0, 1]. 1 copies it.
 
     Raises:
         ValueError: An argument is out of range, or (when training begins) the
@@ -53,11 +54,11 @@ class ReferenceSync(AfterStep):
 
     def after_step(self, step: int) -> None:
         if step % self.every == 0:
-            # Reading `self.model` brings the variables up to date.
+            # Reading `self.model` syncs the variables from the step state.
             self.sync(self.model)
 
     def sync(self, model: Any) -> None:
-        """Mix now."""
+        """Update the reference now."""
         for reference, policy in model.reference.variable_pairs():
             reference.assign(_mix(reference.value, policy.value, self.alpha))
         model.reference.synced = True

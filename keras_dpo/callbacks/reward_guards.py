@@ -1,4 +1,4 @@
-"""What the numbers of a run mean when they go wrong, said once."""
+"""Guards that diagnose rewards and losses that go wrong."""
 
 import math
 from typing import Any
@@ -10,13 +10,13 @@ from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.references.base import vocabulary_size
 from keras_dpo.utils.messages import say
 
-# Nats between policy and reference over a whole completion, on average: what
-# a hundred steps of a sensible learning rate leave far behind.
+# Mean log-ratio to the reference per completion, in nats. A hundred steps at a
+# sensible learning rate go far beyond it.
 HARDLY_MOVED = 0.01
 
 
 class _SaidOnce(StepLogger):
-    """Base class: what was told is not told again, also after a resume."""
+    """Base class that warns only once, even across a resume."""
 
     told = False
 
@@ -29,14 +29,14 @@ class _SaidOnce(StepLogger):
 
 
 class StuckLossGuard(_SaidOnce):
-    """Says why rewards stay at zero, and so the loss where it began.
+    """Explains why rewards stay at zero and the loss at its initial value.
 
     For the sigmoid loss that is ln 2 = 0.693.
 
     Args:
-        every: Optimizer steps after which it looks whether the policy has
-            moved at all. After five times as many, and when training ends, a
-            policy that has hardly moved is worth a word, too.
+        every: Optimizer steps between checks that the policy has moved at all.
+            From five times as many on, and when training ends, it also warns
+            of a policy that has hardly moved.
     """
 
     def __init__(self, every: int = 20) -> None:
@@ -62,7 +62,7 @@ class StuckLossGuard(_SaidOnce):
             self._tell(self._last, "the policy has hardly moved")
 
     def _nats(self, record: dict[str, Any]) -> float:
-        """The larger mean log-ratio to the reference, whatever its sign."""
+        """The larger absolute mean log-ratio to the reference, in nats."""
         rewards = [
             abs(record.get(f"{side}_reward", math.nan))
             for side in ("chosen", "rejected")
@@ -83,7 +83,7 @@ class StuckLossGuard(_SaidOnce):
 
 
 def why_stuck(model: Any) -> str:
-    """Why rewards stay zero, from the weights and the optimizer."""
+    """Explain zero rewards from the weights and the optimizer."""
     rate = float(model.optimizer.learning_rate)
     if rate == 0:
         return (
@@ -120,8 +120,8 @@ class FallingRewardGuard(_SaidOnce):
     """Warns when the chosen completions become less likely than they were.
 
     Args:
-        every: Optimizer steps that each look averages over.
-        threshold: Chosen reward, in nats times beta, that is worth a word.
+        every: Optimizer steps that each check averages over.
+        threshold: Chosen reward, in nats times beta, below which to warn.
     """
 
     def __init__(self, every: int = 50, threshold: float = -1.0) -> None:
@@ -152,15 +152,15 @@ class CollapseGuard(StepLogger):
     """Ends training when the policy does no better than guessing.
 
     A learning rate that is far too large can leave finite weights that give
-    every token about the same log-prob, or chosen completions impossible ones.
-    No number is NaN then, and nothing else stops the run. Needs a reference, to
-    tell what was lost.
+    every token about the same log-prob, or make chosen completions impossible.
+    Nothing is NaN then, and nothing else stops the run. Needs a reference to
+    compare with.
 
     Args:
-        every: Optimizer steps that each look averages over.
+        every: Optimizer steps that each check averages over.
 
     Raises:
-        FloatingPointError: In `fit`, when it happens.
+        FloatingPointError: In `fit`, when the policy has collapsed.
     """
 
     def __init__(self, every: int = 10) -> None:
@@ -178,7 +178,8 @@ class CollapseGuard(StepLogger):
         if vocabulary is None or log_prob is None or self._dataset is None:
             return
         guess = -math.log(vocabulary)
-        # Lengths of the whole data: the record's own differ, and weights.
+        # A coarse test on mean lengths of the whole dataset: those of the
+        # record, and its weights, differ.
         if not log_prob / self._dataset.pairs.lengths[:, 1].mean() < guess / 2:
             return
         batch = self._dataset.make_batch(self._dataset.batch_indices(0))
@@ -186,7 +187,7 @@ class CollapseGuard(StepLogger):
             float(found.chosen.sum() / found.lengths[:, 0].sum())
             for found in self.model.pair_log_probs_of(batch)
         )
-        # Random weights know as little from the start, and lose nothing.
+        # Random weights start at guessing level and have nothing to lose.
         if now >= 0.8 * guess or not began > 0.6 * guess:
             return
         raise FloatingPointError(

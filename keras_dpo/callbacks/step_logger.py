@@ -1,4 +1,4 @@
-"""`StepLogger` and its file: exact means of what happened between two logs."""
+"""`StepLogger` and `MetricsFile`: exact metric means between two logs."""
 
 import json
 import math
@@ -16,10 +16,10 @@ from keras_dpo.utils.files import write_beside
 
 
 class StepLogger(AfterStep):
-    """Base class: a record every `every` steps and at the end of an epoch.
+    """Base class that records metrics every `every` steps and every epoch.
 
-    A step record holds means over the pairs since the last one, exact under
-    any weights; the running means that Keras shows begin with the epoch.
+    A step record holds means over the pairs since the previous one, exact
+    under any weights; the running means that Keras shows start at the epoch.
 
     Args:
         every: Optimizer steps between records.
@@ -34,7 +34,7 @@ class StepLogger(AfterStep):
         self.every = every
 
     def write(self, record: dict[str, Any]) -> None:
-        """Keep one record; for subclasses."""
+        """Write one record; implemented by subclasses."""
         raise NotImplementedError
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -48,7 +48,7 @@ class StepLogger(AfterStep):
 
     def after_step(self, step: int) -> None:
         if step % self.every == 0:
-            # Metrics are fetched on logged steps alone.
+            # Metrics are fetched on logged steps only.
             self._log_step()
 
     def on_test_begin(self, logs: Any = None) -> None:
@@ -56,7 +56,7 @@ class StepLogger(AfterStep):
         self._log_rest()
 
     def _log_step(self) -> None:
-        # Not `self.model`, which would copy the whole state.
+        # `self.model` would copy the whole state.
         totals = self._model.metric_totals()
         means = {}
         for name, (total, count) in totals.items():
@@ -76,11 +76,11 @@ class StepLogger(AfterStep):
         self._totals, self._logged_step, self._time = totals, self.step, now
 
     def get_state(self) -> dict[str, Any]:
-        """What a `TrainingBackup` keeps."""
+        """The state that a `TrainingBackup` saves."""
         return {"totals": self._totals, "step": self._logged_step}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Restore the state returned by `get_state`."""
         self._totals = {k: tuple(v) for k, v in state["totals"].items()}
         self._logged_step = state["step"]
 
@@ -92,10 +92,10 @@ class StepLogger(AfterStep):
         self.write({"step": self.step, "end_of_epoch": epoch, **values})
 
     def _totals_before_the_epoch(self) -> dict[str, tuple[float, float]]:
-        """What the next record takes off the next epoch's totals.
+        """Totals to subtract in the first record of the next epoch.
 
-        Zero, or below it what belongs to an optimizer step that the next
-        epoch ends.
+        Zero, or negative by the share of an optimizer step that only the next
+        epoch completes.
         """
         totals = {}
         for name, (total, count) in self._model.metric_totals().items():
@@ -104,16 +104,16 @@ class StepLogger(AfterStep):
         return totals
 
     def _log_rest(self) -> None:
-        """Log the last steps of an epoch, before validation resets them."""
+        """Log an epoch's remaining steps before validation resets metrics."""
         if self.step > self._logged_step:
             self._log_step()
 
 
 class MetricsFile(StepLogger):
-    """Writes one JSON object a line.
+    """Writes metrics as JSON Lines, one object per record.
 
     Args:
-        path: The file; lines are added at its end.
+        path: The file to append to.
         every: Optimizer steps between records.
     """
 
@@ -123,11 +123,11 @@ class MetricsFile(StepLogger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from it; records of what comes again are dropped."""
+        """Restore the state; drops records of steps that will be repeated."""
         super().set_state(state)
         if not self.path.exists() or not is_main_process():
             return
-        # Another run's file may be shorter, and tells by its steps alone.
+        # Another run's file may be shorter; then only steps tell what to drop.
         lines = self._read_lines()[: state["lines"]]
         kept = [x for x in lines if _step_of(x) <= self.step]
         write_beside(self.path, "".join(kept).encode())
@@ -148,7 +148,7 @@ class MetricsFile(StepLogger):
     def write(self, record: dict[str, Any]) -> None:
         if not is_main_process():
             return
-        # JSON knows no NaN.
+        # JSON has no NaN.
         plain = {
             key: None if isinstance(value, float) and value != value else value
             for key, value in record.items()
@@ -159,7 +159,7 @@ class MetricsFile(StepLogger):
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; infinite for a line cut off by a kill."""
+    """The step of a record; infinite for a line truncated by a kill."""
     try:
         return json.loads(line)["step"]
     except json.JSONDecodeError:

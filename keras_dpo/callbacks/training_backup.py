@@ -1,4 +1,4 @@
-"""`TrainingBackup`: kill the run at any moment, and go on bit for bit."""
+"""`TrainingBackup`: resume a run, killed at any moment, bit for bit."""
 
 import contextlib
 import math
@@ -37,38 +37,39 @@ from keras_dpo.training.stop_after import StopAfter
 from keras_dpo.utils.files import write_beside
 from keras_dpo.utils.messages import say
 
-# Says that the run came to its end.
+# Marks a run as finished.
 FINISHED = "finished.json"
-# Steps that processes measure before they agree on an interval.
+# Steps that processes time before they agree on an interval.
 PACE_STEPS = 10
 
 
 class TrainingBackup(Backup):
-    """Writes all of a run's state along the way; `fit` goes on from it.
+    """Backs up the full state of a run, from which `fit` resumes.
 
-    Policy (LoRA's own values), reference after syncs, optimizer, schedule,
-    random generators, place in the data, metrics and what callbacks counted.
-    Written by Orbax in the background, beside its place, and committed by a
-    rename: a run that is killed, also while writing, goes on from the newest
-    whole one with the same bits. SIGTERM writes one more and ends with exit
-    status 75; Ctrl-C writes one more, too. Weights are those that training
-    goes on with, not the average that Keras puts in their place at the end
-    under `use_ema`; that is done again where a finished run is opened.
+    Holds the policy (unmerged LoRA), the reference if synced, optimizer,
+    schedule, random generators, position in the data, metrics and callback
+    counters. Orbax writes asynchronously and commits atomically by a rename: a
+    run killed at any time, even while writing, resumes from the newest
+    complete backup bit for bit. SIGTERM writes another one and exits with
+    status 75; Ctrl-C writes one, too. Weights are those being trained, not the
+    average that Keras assigns at the end under `use_ema`; reopening a finished
+    run assigns it again.
 
     Args:
-        directory: Where backups lie, one directory `N` for batch N of the run
-            (an optimizer step, unless the optimizer itself accumulates); one
-            run at a time. For several processes one that all of them see.
+        directory: Directory of backups, with one subdirectory `N` for batch N
+            of the run (an optimizer step, unless the optimizer itself
+            accumulates); one run at a time. Must be shared by all processes.
         every: Optimizer steps between backups, or a time such as
-            `"10 minutes"`; several processes make steps of it by their pace.
-        keep: How many are kept.
-        resume: `"auto"` goes on from the newest backup, if there is one;
-            `"never"` begins anew and moves what is there aside; a path goes on
-            from that backup (`directory/N`) or the newest in that directory.
+            `"10 minutes"`, which several processes convert to steps by their
+            pace.
+        keep: Number of backups to keep.
+        resume: `"auto"` resumes from the newest backup, if any; `"never"`
+            starts over and moves existing backups aside; a path resumes from
+            that backup (`directory/N`) or the newest in that directory.
 
     Raises:
-        ValueError: An argument is wrong; or, when training begins, the backup
-            is of other data, settings or another model, or cannot be read.
+        ValueError: An argument is invalid; or, when training begins, the
+            backup is of other data, settings or another model, or unreadable.
 
     Example:
 
@@ -104,16 +105,16 @@ class TrainingBackup(Backup):
         epochs: int,
         callbacks: Iterable[Any],
     ) -> Restored | None:
-        """Open the directory; assign what the newest backup holds.
+        """Open the directory and restore variables from the newest backup.
 
         Args:
-            model: A compiled `DPOModel`, its reference in place.
-            dataset: The training pairs, as they are run.
-            epochs: As given to `fit`.
-            callbacks: The others, whose counts are kept.
+            model: A compiled `DPOModel` whose reference is set.
+            dataset: The training pairs as prepared for `fit`.
+            epochs: `epochs` of `fit`.
+            callbacks: The other callbacks, whose counters are saved.
 
         Returns:
-            What is left to restore, or None for a run that begins.
+            The state left to restore, or None for a new run.
         """
         self._dataset, self._epochs = dataset, epochs
         self._callbacks = list(callbacks)
@@ -124,11 +125,12 @@ class TrainingBackup(Backup):
                     "EarlyStopping(restore_best_weights=True). Keep the best "
                     "with keras.callbacks.ModelCheckpoint instead."
                 )
-        # Once: it reads all pairs, and callbacks may change the learning rate.
+        # Computed once: it reads all pairs, and callbacks may change the
+        # learning rate later.
         self._settings = training_state.settings(
             model, dataset, self._callbacks
         )
-        # Batches of the run when it was saved last.
+        # Number of the last saved batch of the run.
         self._saved = -1
         self._place = Place(0, 0)
         self._swaps = EMASwaps(self._callbacks)
@@ -148,20 +150,20 @@ class TrainingBackup(Backup):
         return restored
 
     def end(self) -> None:
-        """Wait until what was begun is written, and let others in."""
+        """Block until pending writes finish, then release the lock."""
         with self._lock:
             if self._manager is not None:
                 self.close()
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is a backup to go on from."""
+        """Whether there is a backup to resume from."""
         return self.resume != "never" and (
             self.resume != "auto" or bool(steps_in(self.directory))
         )
 
     def _find_source(self) -> tuple[pathlib.Path, int] | None:
-        """Directory and step of the backup to go on from."""
+        """Directory and step of the backup to resume from."""
         if self.resume == "never":
             return None
         if self.resume == "auto":
@@ -179,14 +181,14 @@ class TrainingBackup(Backup):
         return path, steps[-1]
 
     def _move_aside(self, after: int = -1) -> None:
-        """Move backups of later steps out of the way of this run's."""
+        """Move backups of later steps aside to make room for this run's."""
         if not any(step > after for step in steps_in(self.directory)):
             return
         number = 1
         while (aside := name_beside(self.directory, number)).exists():
             number += 1
         aside.mkdir()
-        # Not the directory itself, which is locked.
+        # The directory itself is locked and cannot be moved.
         for path in self.directory.iterdir():
             stays = path.name.isdigit() and int(path.name) <= after
             if not stays and path.name != LOCK_FILE:
@@ -194,7 +196,7 @@ class TrainingBackup(Backup):
         say(f"Earlier backups were moved to {aside}")
 
     def _leave_later_ones(self, step: int) -> None:
-        """A run that goes on from an older backup comes to them again."""
+        """Move later backups aside: resuming will write those steps again."""
         wait_for_processes("the backup is read")
         if is_main_process():
             self._move_aside(step)
@@ -272,7 +274,7 @@ class TrainingBackup(Backup):
     def _with_end(
         self, restored: Restored, model: Any, path: pathlib.Path
     ) -> Restored:
-        """Say whether the run is over, or where it goes on."""
+        """Mark the run as finished, or print where it resumes."""
         updates = UpdateCounter(model).updates
         end = EndOfRun.read(path.parent / FINISHED, int(path.name))
         if end is not None and end.is_final(
@@ -287,7 +289,7 @@ class TrainingBackup(Backup):
         if self._place.epoch >= self._epochs or any(
             limit.is_reached(updates) for limit in limits
         ):
-            # Killed before it could say so, or a limit that is lower now.
+            # Killed before it was marked as finished, or the limit is lower.
             return restored._replace(finished=True)
         say(
             f"Going on from {path}: epoch {self._place.epoch + 1}, "
@@ -299,7 +301,7 @@ class TrainingBackup(Backup):
     def _check_is_of_this_run(
         self, path: pathlib.Path, info: dict[str, Any], model: Any
     ) -> None:
-        # A sync made the reference part of the backup.
+        # Once synced, the reference is part of the backup.
         model.reference.synced = info["reference_synced"]
         changed = training_state.differences(
             info["identity"], self._identity(model)
@@ -324,7 +326,7 @@ class TrainingBackup(Backup):
             self._fixed_hashes[synced] = training_state.hash_fixed(model)
         return self._fixed_hashes[synced]
 
-    # --- While training ------------------------------------------------------
+    # --- During training -----------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
@@ -338,8 +340,8 @@ class TrainingBackup(Backup):
     def after_batch(self) -> None:
         self._place = Place(self._place.epoch, self._place.batch + 1)
         if self._model.stop_training:
-            # Inside an epoch: what validation and callbacks make of its early
-            # end is no part of a run that goes on.
+            # Save inside the epoch: a resumed run must not see how validation
+            # and callbacks reacted to its early end.
             self.save()
 
     def after_step(self, step: int) -> None:
@@ -351,7 +353,7 @@ class TrainingBackup(Backup):
         if self._place.batch >= self._dataset.batches_per_epoch:
             self._place = Place(epoch + 1, 0)
         last = epoch + 1 >= self._epochs
-        # Later Keras puts the optimizer's average in the weights' place.
+        # After this, Keras overwrites the weights with the optimizer's average.
         if last or self._model.stop_training or self._due():
             self.save()
         self._swaps.finish(last)
@@ -379,13 +381,13 @@ class TrainingBackup(Backup):
         return time.monotonic() - self._last_save >= self.every_seconds
 
     def _agree_on_steps(self) -> None:
-        """Turn the time into steps: clocks of processes differ.
+        """Convert the interval to steps, since clocks of processes differ.
 
-        Once, from what the first process has measured.
+        Done once, from the pace measured by the first process.
         """
         begun = self._begun_at
         if begun is None:
-            # The first step compiles.
+            # Excludes the first step, which compiles.
             self._begun_at = self.step, time.monotonic()
             return
         steps, seconds = self.step - begun[0], time.monotonic() - begun[1]
@@ -396,17 +398,17 @@ class TrainingBackup(Backup):
         self.every_steps = int(multihost_utils.broadcast_one_to_all(number))
 
     def save(self) -> None:
-        """Write a backup now, unless this step has one.
+        """Write a backup now; a no-op if this step already has one.
 
         Raises:
-            OSError: It cannot be written; the one before is whole.
+            OSError: It cannot be written; the previous one stays intact.
         """
         import orbax.checkpoint as orbax
 
         step = self._number
         if step == self._saved or not self.can_save:
             return
-        model = self.model  # Brings the variables up to date.
+        model = self.model  # Syncs the variables from the step state.
         if not math.isfinite(model.metric_totals()["loss"][0]):
             say(f"No backup of step {step}: the loss is not a finite number.")
             return
@@ -420,12 +422,12 @@ class TrainingBackup(Backup):
             "callbacks": training_state.callback_states(callbacks),
         }
         with self._swaps.undone():
-            # Copies: the next step gives the originals' memory away.
+            # Copied, because the next step donates the originals.
             arrays = {
                 name: jax.numpy.copy(variable.value)
                 for name, variable in named_variables(model)
             }
-        # A step's loss is of the weights before it.
+        # The loss of a step is that of the weights before its update.
         weights = [a for name, a in arrays.items() if name.startswith("train")]
         if not all_finite(weights):
             say(f"No backup of step {step}: weights are not finite numbers.")
@@ -444,19 +446,19 @@ class TrainingBackup(Backup):
 
     @property
     def _number(self) -> int:
-        """Batches of the run so far: each has a state of its own."""
+        """Batches of the run so far, which number the backups."""
         place = self._place
         return place.epoch * self._dataset.batches_per_epoch + place.batch
 
     @property
     def can_save(self) -> bool:
-        """Not between the last step of an epoch and its end.
+        """Whether the run is not between an epoch's last step and its end.
 
-        There validation and what callbacks make of it are still to come.
+        There validation, and how callbacks react to it, are still pending.
         """
         return self._place.batch < self._dataset.batches_per_epoch
 
     def close(self) -> None:
-        """Wait until what was begun is written."""
+        """Block until pending writes are finished."""
         with writing(self._saved, self.directory):
             self._manager.wait_until_finished()

@@ -1,4 +1,4 @@
-"""`WandbLogger`: plain `wandb`, which also works offline."""
+"""`WandbLogger`: logging with plain `wandb`, which also works offline."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ class WandbLogger(StepLogger):
     W&B's own Keras callback fails on JAX with a learning-rate schedule.
 
     Args:
-        project: The project.
-        name: The run's name.
-        config: Settings to show beside the run.
+        project: Name of the W&B project.
+        name: Name of the run.
+        config: Settings to show with the run.
         every: Optimizer steps between records.
-        directory: Where offline runs are written.
-        run_id: The run to go on with, if W&B has it.
+        directory: Directory for offline runs.
+        run_id: Id of the run to resume, if W&B has it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WandbLogger(StepLogger):
         self.run.log({prefix + k: v for k, v in record.items()}, step=step)
 
     def log_samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Add a table of generations."""
+        """Log a table of generations."""
         import wandb
 
         columns: list[Any] = list(samples[0])
@@ -59,5 +59,5 @@ class WandbLogger(StepLogger):
         self.run.log({"samples": table}, step=step)
 
     def close(self) -> None:
-        """End the run; what was logged is on disk or sent."""
+        """Finish the run; all records are then on disk or sent."""
         self.run.finish()

@@ -1,5 +1,5 @@
-"""Whatever reaches into private parts of Keras, Keras-Hub or JAX.
+"""Work-arounds that reach into private parts of Keras, Keras-Hub or JAX.
 
-Imports `utils` alone; docs/architecture.md lists each work-around, why it is
-there, and the test that says when it can go.
+Imports only `utils`; docs/architecture.md lists each work-around, its reason,
+and the test that tells when it can be removed.
 """

@@ -1,4 +1,4 @@
-"""How steps are compiled, and where compiled steps are kept."""
+"""Compiler options for steps, and the persistent compilation cache."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ import keras
 from keras_dpo.compat.patching import current, patched
 from keras_dpo.utils.files import cache_directory
 
-# XLA's CPU backend (JAX 0.10) gives most products to YNNPACK and those of a
-# kernel's gradient to Eigen, and runs both at once on threads of their own: a
-# quarter slower than Eigen alone on two cores (docs/benchmarks.md). bfloat16
-# only YNNPACK multiplies as such, twice as fast; its sums are the slower ones.
+# XLA's CPU backend (JAX 0.10) runs most matmuls on YNNPACK and those of kernel
+# gradients on Eigen, concurrently in separate thread pools: a quarter slower
+# than Eigen alone on two cores (docs/benchmarks.md). Only YNNPACK multiplies
+# bfloat16 natively, twice as fast; its reductions are the slower ones.
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 CPU_OPTIONS = {
     "float32": {YNNPACK: ""},
@@ -25,10 +25,10 @@ CPU_OPTIONS = {
 
 @functools.cache
 def compiler_options(dtype: str) -> dict[str, Any]:
-    """Options of `jax.jit` for this backend; none that XLA does not know.
+    """`jax.jit` compiler options for this backend; empty if XLA rejects them.
 
     Args:
-        dtype: That products are computed in, `"float32"` or `"bfloat16"`.
+        dtype: Compute dtype of matrix products, `"float32"` or `"bfloat16"`.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -42,7 +42,7 @@ def compiler_options(dtype: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def steps_with_options(options: dict[str, Any]) -> Iterator[None]:
-    """Keras' JAX trainer makes its steps with these `compiler_options`."""
+    """Make Keras' JAX trainer compile its steps with these options."""
     trainer = keras.src.backend.jax.trainer
     jit = functools.partial(current(trainer, "jit"), compiler_options=options)
     with patched(trainer, "jit", jit):
@@ -50,11 +50,11 @@ def steps_with_options(options: dict[str, Any]) -> Iterator[None]:
 
 
 def keep_compiled(directory: str | None) -> None:
-    """Keep compiled steps on disk, so that a second start compiles nothing.
+    """Cache compiled steps on disk, so that a restart need not recompile them.
 
     Args:
-        directory: Where; None for the user's cache directory, `"none"` to
-            keep nothing. What JAX was told before wins over None.
+        directory: Cache directory; `"none"` disables the cache. None keeps
+            the directory configured in JAX, or else is the user's cache.
     """
     if directory == "none":
         jax.config.update("jax_compilation_cache_dir", None)

@@ -1,4 +1,4 @@
-"""`SwapEMAWeights` callbacks, so that backups hold what they swap away."""
+"""Control of `SwapEMAWeights`, so that backups hold the raw weights."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -8,19 +8,19 @@ import keras
 
 
 class EMASwaps:
-    """The `SwapEMAWeights` among some callbacks (Keras 3.15).
+    """The `SwapEMAWeights` among a `fit`'s callbacks (Keras 3.15).
 
-    With `swap_on_epoch` the weights are the optimizer's average between two
-    epochs. At the last epoch's end Keras gives up the weights themselves, so
-    that its `finalize_variable_values` leaves the average where it is: a
-    backup comes first, and `finish` does that then.
+    With `swap_on_epoch` the model holds the optimizer's average between two
+    epochs. At the end of the last epoch Keras discards the raw weights, so
+    that its `finalize_variable_values` keeps the average; `finish` defers
+    that until a backup is written.
 
     Args:
-        callbacks: Of a `fit`.
+        callbacks: All callbacks of the `fit`.
 
     Attributes:
-        end_with_average: Whether the policy is the average when `fit` ends.
-            (Where training stops early it is not: Keras swaps once more.)
+        end_with_average: Whether the policy holds the average when `fit` ends.
+            (Not where training stops early: Keras swaps once more.)
     """
 
     def __init__(self, callbacks: Iterable[Any]) -> None:
@@ -29,21 +29,21 @@ class EMASwaps:
         self.end_with_average = True
 
     def begin(self) -> None:
-        """Keep them from giving up the weights by themselves."""
+        """Keep the callbacks from discarding the raw weights themselves."""
         for swap in self._swaps:
-            # The last epoch is never theirs.
+            # With 0 epochs, no epoch is their last.
             swap.set_params({**swap.params, "epochs": 0})
 
     def forget(self) -> None:
-        """The weights have been restored, and are not swapped."""
+        """Mark the weights as not swapped, after they have been restored."""
         for swap in self._swaps:
             swap._ema_weights_in_model = False
 
     def finish(self, last: bool) -> None:
-        """Do at an epoch's end what they would, after a backup.
+        """Finish the swap at an epoch's end, once the backup is written.
 
         Args:
-            last: Whether it is the last epoch asked for.
+            last: Whether it is the last epoch requested.
         """
         for swap in self._swaps:
             if swap.swap_on_epoch and swap._ema_weights_in_model:
@@ -53,7 +53,7 @@ class EMASwaps:
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
-        """The weights that training goes on with, for a moment."""
+        """Temporarily swap the raw weights back in."""
         swapped = [s for s in self._swaps if s._ema_weights_in_model]
         for swap in swapped:
             swap._swap_variables()

@@ -1,4 +1,4 @@
-"""Models without values: what is planned before its weights are there."""
+"""Models without values, to plan a run before its weights are loaded."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from keras_dpo.compat.patching import patched
 
 @contextlib.contextmanager
 def variables_without_values() -> Iterator[None]:
-    """Variables made here have a shape, a type and a layout, and no memory.
+    """Create variables with a shape, dtype and layout, but no memory.
 
-    Keras (3.15) knows variables whose value is still to come. The value of
-    these is a `jax.ShapeDtypeStruct`; zeros while a function is traced.
+    Keras (3.15) supports deferred initialization of variables. The value of
+    these is a `jax.ShapeDtypeStruct`, or zeros while a function is traced.
     """
     variable_class: Any = keras.src.backend.jax.core.JaxVariable
 

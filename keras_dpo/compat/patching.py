@@ -1,4 +1,4 @@
-"""`patched`: a library's attribute replaced for one thread and one moment."""
+"""`patched`: temporary, thread-local replacement of a library's attribute."""
 
 import contextlib
 import inspect
@@ -14,18 +14,18 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     """Replace `owner.name` for the current thread.
 
     While any thread is inside, the attribute is a dispatcher: it calls the
-    innermost replacement of the thread that asks, and the original for every
-    other thread. The last thread out puts the original back, whatever the
+    innermost replacement of the calling thread, or the original in threads
+    without one. The last thread to leave restores the original, whatever the
     order in which they leave.
 
-    A replacement that calls what was there before must take it from
+    A replacement that wraps the previous value must get it from
     `current(owner, name)`: the attribute itself may be a dispatcher, which
     would call the replacement again.
 
     Args:
         owner: A module or a class.
-        name: Of its function, method or class.
-        replacement: What the current thread sees instead.
+        name: Name of the function, method or class to replace.
+        replacement: Value that the current thread sees instead.
     """
     with _lock:
         dispatcher = vars(owner).get(name)
@@ -33,7 +33,7 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
             dispatcher = _Dispatcher(owner, name)
             setattr(owner, name, dispatcher)
         dispatcher.num_inside += 1
-    # The list itself is kept: a generator may be closed in another thread.
+    # Hold the list itself: a generator may be closed in another thread.
     stack = dispatcher.stack
     entry = (replacement,)
     stack.append(entry)
@@ -48,7 +48,7 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 
 def current(owner: Any, name: str) -> Any:
-    """What `owner.name` is for this thread, never a dispatcher."""
+    """Return `owner.name` as this thread sees it, never a dispatcher."""
     found = getattr(owner, name)
     return found.found() if isinstance(found, _Dispatcher) else found
 
@@ -56,32 +56,32 @@ def current(owner: Any, name: str) -> Any:
 class _Dispatcher:
     """Stands in for an attribute that some thread has replaced.
 
-    It outlives the replacement where somebody kept it (`from module import
-    name` at that moment), and is the original then.
+    It outlives the replacement if someone kept it (`from module import name`
+    in the meantime), and then behaves as the original.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
         self.num_inside = 0
         self._owner, self._name = owner, name
         self._inherited = name not in vars(owner)
-        # As it lies there: a `staticmethod` is not what it returns.
+        # The raw attribute: `getattr` would unwrap a `staticmethod`.
         find = inspect.getattr_static if isinstance(owner, type) else getattr
         self._original = find(owner, name)
         self._local = threading.local()
 
     @property
     def stack(self) -> list[Any]:
-        """This thread's replacements, the innermost last."""
+        """This thread's replacements, innermost last."""
         if not hasattr(self._local, "stack"):
             self._local.stack = []
         return self._local.stack
 
     def found(self) -> Any:
-        """What this thread sees, as it would lie in the owner."""
+        """The raw attribute that this thread sees, not bound."""
         return self.stack[-1][0] if self.stack else self._original
 
     def put_back(self) -> None:
-        """Leave the owner as it was."""
+        """Restore the owner's original attribute."""
         if self._inherited:
             delattr(self._owner, self._name)
         else:
@@ -91,7 +91,7 @@ class _Dispatcher:
         return self.found()(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any) -> Any:
-        """What this thread sees of a class or its instances."""
+        """Bind the attribute that this thread sees."""
         found = self.found()
         bind = getattr(type(found), "__get__", None)
         return found if bind is None else bind(found, instance, owner)

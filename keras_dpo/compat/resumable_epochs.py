@@ -1,4 +1,4 @@
-"""Epochs that begin in the middle, which Keras' trainer does not know.
+"""Resuming mid-epoch, which Keras' trainer does not support.
 
 Keras 3.15 counts the batches of an epoch once, before training.
 `tests/test_training_backup.py` tells when that changes.
@@ -15,7 +15,7 @@ from keras_dpo.compat.patching import current, patched
 
 @contextlib.contextmanager
 def resumable_epochs() -> Iterator[None]:
-    """Keras counts a `PreferenceDataset`'s batches at every epoch's start."""
+    """Make Keras count a `PreferenceDataset`'s batches anew every epoch."""
     trainer: Any = keras.src.backend.jax.trainer
     original: Any = current(trainer, "JAXEpochIterator")
 

@@ -1,4 +1,4 @@
-"""Preference data: sources, records, batches and what is wrong with them."""
+"""Preference data: sources, records, batches and audits."""
 
 from keras_dpo.data.audit import audit
 from keras_dpo.data.dataset import PreferenceDataset

@@ -1,4 +1,4 @@
-"""What is in the data, and what is wrong with it."""
+"""Audits of a dataset: its statistics and its defects."""
 
 import dataclasses
 from itertools import groupby
@@ -14,13 +14,13 @@ RESET = "\033[0m"
 
 @dataclasses.dataclass
 class Audit:
-    """Numbers about a dataset as it will be trained on.
+    """Statistics of a dataset as it will be trained on.
 
     Args:
-        lines: The report, a line each.
-        numbers: The same for programs.
+        lines: Lines of the report.
+        numbers: Statistics by name.
         prompt_histogram: (upper bound, pairs) of prompt lengths, in tokens.
-        completion_histogram: The same of completions.
+        completion_histogram: (upper bound, completions) of their lengths.
     """
 
     lines: list[str]
@@ -32,7 +32,7 @@ class Audit:
 def audit(
     dataset: PreferenceDataset, validation: PreferenceDataset | None = None
 ) -> Audit:
-    """Look at a dataset, and at what it shares with a validation set."""
+    """Audit a dataset, and its overlap with a validation set."""
     pairs = dataset.pairs
     prompts, chosen, rejected = pairs.lengths.T
     seen = np.unique(pairs.prompt_keys)
@@ -86,7 +86,7 @@ def _sentences(
 
 
 def padding_waste(dataset: PreferenceDataset) -> float:
-    """Tokens of all padded rows of an epoch, over the real ones."""
+    """Ratio of tokens in an epoch's padded rows to real tokens."""
     prompts, chosen, rejected = dataset.pairs.lengths.T
     real = (2 * prompts + chosen + rejected).sum()
     buckets = dataset.buckets_of(np.arange(dataset.num_pairs))
@@ -99,14 +99,14 @@ def padding_waste(dataset: PreferenceDataset) -> float:
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     bounds = [16 * 2**i for i in range(12)]
-    # What is over the last bound counts there.
+    # Lengths over the last bound are counted there.
     places = np.searchsorted(bounds[:-1], lengths)
     return list(zip(bounds, np.bincount(places).tolist(), strict=False))
 
 
 def render_pair(dataset: PreferenceDataset, index: int) -> str:
-    """One pair as the model sees it: prompt dim, scored tokens green, control
-    tokens magenta."""
+    """Render a pair as the model sees it: prompt dim, scored tokens green,
+    control tokens magenta."""
     pair, tokenizer = dataset.pairs[index], dataset.preprocessor.tokenizer
     control = set(tokenizer.control_tokens.values()) if tokenizer else set()
 

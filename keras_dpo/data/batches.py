@@ -1,4 +1,4 @@
-"""Pairs -> arrays of static shapes; `data.packing` makes those of rows."""
+"""Arrays of static shapes from pairs; `data.packing` makes packed rows."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def padded_ids(
 def completion_arrays(
     pairs: Sequence[Tokenized], size: int, tokens: int
 ) -> dict[str, np.ndarray]:
-    """What every batch holds, whether its tokens are padded or packed.
+    """Arrays that every batch holds, whether its tokens are padded or packed.
 
     Args:
         pairs: The batch's pairs.
@@ -79,13 +79,13 @@ def _sides(pair: Tokenized) -> Iterator[tuple[int, list[int], Any]]:
 
 
 class SummedReference:
-    """Log-probs of whole completions, as if of their first scored token."""
+    """Log-probs of whole completions, placed at their first scored token."""
 
     def __init__(self, pairs: TokenizedPairs) -> None:
         self._pairs = pairs
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """`(2, tokens)` of a pair: sums come out right."""
+        """Log-probs of a pair, `(2, tokens)`; only the sums are meaningful."""
         pair = self._pairs[index]
         width = max(len(pair.chosen_ids), len(pair.rejected_ids))
         stored = np.zeros((2, width), "float32")
@@ -98,7 +98,7 @@ class SummedReference:
 def choose_shapes(
     pairs: TokenizedPairs, buckets: Sequence[int] | None
 ) -> list[tuple[int, int]]:
-    """(length, tokens) of each bucket in use, ascending in both."""
+    """Shapes (length, tokens) of the buckets in use, ascending in both."""
     lengths, completions = pairs.sequence_lengths, pairs.completion_lengths
     longest = int(lengths.max())
     if buckets is None:

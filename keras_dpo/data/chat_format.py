@@ -1,4 +1,4 @@
-"""`ChatFormat`: the chat template in use, and what it is given."""
+"""`ChatFormat`: the chat template in use, and its variables."""
 
 import datetime
 import hashlib
@@ -11,12 +11,12 @@ from keras_dpo.data.control_tokens import StandIns
 from keras_dpo.data.tokenizers import TextTokenizer
 from keras_dpo.errors import UserError
 
-# Variables of templates that every prompt has of its own.
+# Template variables that are set for each prompt.
 SET_BY_US = ("messages", "tools", "add_generation_prompt", "strftime_now")
 
 
 class ChatFormat:
-    """How messages become text; see `DPOPreprocessor` for the arguments."""
+    """Renders messages as text; see `DPOPreprocessor` for the arguments."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class ChatFormat:
         """The Jinja source in use.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is no template.
         """
         choice = self.chat_template
         if choice == "auto" and self.tokenizer is not None:
@@ -50,7 +50,7 @@ class ChatFormat:
         return chat_templates.TEMPLATES.get(choice, choice)
 
     def describe_template(self) -> str:
-        """Which chat template is in use, in a few words."""
+        """Short description of the chat template in use."""
         if not self.has_template():
             return "none; message lists cannot be rendered"
         if self.chat_template == "auto":
@@ -64,7 +64,7 @@ class ChatFormat:
         return f"given as Jinja source (hash {digest.hexdigest()})"
 
     def _template_for(self, tools: Any) -> str:
-        """The tokenizer's template for tools, where it has one apart."""
+        """The template in use, or the tokenizer's own template for tools."""
         own = None if self.tokenizer is None else self.tokenizer.tool_template
         if tools and own and self.chat_template == "auto":
             return own
@@ -92,8 +92,8 @@ class ChatFormat:
         stand_ins: StandIns,
         tools: Messages | None = None,
     ) -> str:
-        """Messages as text, with stand-ins for control tokens they spell."""
-        # Parsed before they are escaped: JSON may spell a token in escapes.
+        """Render messages, with stand-ins for control tokens they spell."""
+        # Parse before escaping: JSON may spell a token in its own escapes.
         parsed = [chat_templates.parse_arguments(m) for m in messages]
         return chat_templates.render(
             self._template_for(tools),
@@ -133,7 +133,7 @@ def _check_template(
 
 
 def _iso_date(date: str | None) -> str:
-    """The day as ISO writes it; today for None."""
+    """The date in ISO format; None is today."""
     if date is None:
         return datetime.date.today().isoformat()
     try:

@@ -101,7 +101,7 @@ def family_template(policy: Any) -> str | None:
 
 
 def is_source(template: str) -> bool:
-    """Whether a string is a Jinja template, and no name of one."""
+    """Whether a string is a Jinja template rather than the name of one."""
     return "{{" in template or "{%" in template
 
 
@@ -119,19 +119,19 @@ def render(
     date: datetime.date | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation, from a sandboxed Jinja template.
+    """Render a conversation with a sandboxed Jinja template.
 
     Args:
         template: Jinja source.
-        messages: With all that the template may read.
+        messages: Messages, with every key that the template may read.
         add_generation_prompt: Whether to open the assistant's next turn.
-        special_texts: Such as `bos_token`.
+        special_texts: Texts of special tokens, such as `bos_token`.
         tools: JSON schemas of tools.
-        date: What `strftime_now` tells. None: today.
+        date: Date that `strftime_now` formats. None: today.
         options: Further variables, such as `enable_thinking`.
 
     Raises:
-        ValueError: The template refuses the messages.
+        ValueError: The template rejects the messages.
     """
     today = date or datetime.date.today()
     midnight = datetime.datetime.combine(today, datetime.time())
@@ -147,7 +147,7 @@ def render(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        # Compiled first: that imports transformers, which may take long.
+        # Compile outside the time limit: it imports transformers, slowly.
         compiled = _compiled(template)
         return run_within(RENDER_SECONDS, lambda: compiled.render(variables))
     except Exception as error:  # Whatever a template's own code raises.
@@ -158,10 +158,10 @@ def render(
 
 
 def parse_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with arguments of calls as mappings, as templates expect.
+    """Parse the arguments of tool calls to mappings, as templates expect.
 
     Raises:
-        ValueError: They are neither mappings nor the JSON of one.
+        ValueError: Arguments are neither a mapping nor the JSON of one.
     """
     calls = message.get("tool_calls")
     if not calls:

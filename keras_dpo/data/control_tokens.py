@@ -1,4 +1,4 @@
-"""Control tokens that the data spells stay text: only templates write them."""
+"""Stand-ins that keep control tokens spelled in the data as plain text."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,17 +6,17 @@ from typing import Any
 
 from keras_dpo.errors import UserError
 
-# Private characters of planes 15 and 16; a plane's last two are no characters.
+# Private-use planes 15 and 16, less the two noncharacters that end a plane.
 PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 _ANY_PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
 class StandIns:
-    """Characters that stand for spelled control tokens while text is rendered.
+    """Characters that replace spelled control tokens while text is rendered.
 
     Args:
         names: Texts of the control tokens.
-        taken: Characters that the data holds, which cannot stand in.
+        taken: Characters of the data, which cannot be stand-ins.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StandIns:
         return StandIns(self._names, frozenset(taken)) if taken else self
 
     def escape(self, value: Any) -> Any:
-        """The value, with stand-ins in all its strings, keys too."""
+        """Replace control tokens in all strings of a value, keys included."""
         if isinstance(value, str):
             return self.control.sub(
                 lambda match: self._characters[match.group()], value
@@ -72,7 +72,7 @@ class StandIns:
 
 
 def _strings(values: Iterable[Any]) -> Iterable[str]:
-    """Every string in nested lists and mappings, keys too."""
+    """Every string in nested lists and mappings, keys included."""
     for value in values:
         if isinstance(value, str):
             yield value

@@ -1,4 +1,4 @@
-"""A rendered conversation: where its prompt ends, and what of it is scored."""
+"""Rendered conversations: where prompts end, and which text is scored."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ END_OF_REASONING = "</think>"
 ROLES_OF_ALL = ("system", "developer", "user", "assistant")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 WRITTEN_KEYS = {"role", "content", "tool_calls", "function_call"}
-# What to do about it, beside taking another template.
+# Remedies for what a template leaves out, beside another template.
 REMEDIES = {
     "function_call": ", or write the call as tool_calls",
     "reasoning": ", or name it reasoning_content",
@@ -24,7 +24,7 @@ REMEDIES = {
 
 
 class Conversation(NamedTuple):
-    """Messages and how a template writes them.
+    """Messages, and a function that renders them.
 
     Args:
         messages: Prompt and completion.
@@ -37,32 +37,32 @@ class Conversation(NamedTuple):
     write: Callable[[Messages, bool, Messages | None], str]
 
     def text(self, size: int) -> str:
-        """The first messages, as a conversation that ends there."""
+        """Render the first messages, as a conversation that ends there."""
         return self.write(self.messages[:size], False, self.tools)
 
     def opened(self, size: int) -> str:
-        """The first messages and the opening of an answer: what `generate`
-        sees."""
+        """Render the first messages and the opening of an answer, as seen by
+        `generate`."""
         return self.write(self.messages[:size], True, self.tools)
 
     def segments(
         self, whole: str, first: int, prompt: str, stand_ins: StandIns
     ) -> list[Segment]:
-        """The text behind the prompt in parts: scored answers, and the rest.
+        """Split the text after the prompt into scored answers and the rest.
 
-        The whole conversation is what counts, for templates write a turn
-        otherwise once others follow: Qwen3 puts an empty `<think>` block in
-        front of the last answer alone. An answer begins where the text ends
-        that `generate` would see before it.
+        Works on the whole conversation, because templates write a turn
+        differently once others follow: Qwen3 puts an empty `<think>` block
+        before the last answer only. An answer begins where the text that
+        `generate` would see before it ends.
 
         Args:
             whole: All messages, rendered.
-            first: The number of the first message behind the prompt.
-            prompt: What `generate` sees before it, rendered.
-            stand_ins: Those of the texts.
+            first: Index of the first message after the prompt.
+            prompt: The rendered text that `generate` sees before it.
+            stand_ins: Stand-ins used in the texts.
 
         Raises:
-            ValueError: The template does not keep to that.
+            ValueError: The template changes earlier text once turns follow.
         """
         parts: list[Segment] = []
         end = _behind(whole, prompt)
@@ -87,7 +87,7 @@ class Conversation(NamedTuple):
         self, index: int, before: str, after: str, stand_ins: StandIns
     ) -> int:
         """Characters of an answer that others follow: up to its last control
-        token, for no model writes the line break behind it."""
+        token, since no model writes the line break after it."""
         alone = self.text(index + 1)
         alone = alone[_behind(alone, before) :]
         cut = next(
@@ -95,7 +95,7 @@ class Conversation(NamedTuple):
             len(alone),
         )
         left_out = alone[:cut]
-        # An empty block of reasoning may go; words may not.
+        # An empty reasoning block may be left out; words may not.
         if cut == len(alone) or re.sub(r"<[^<>]*>|\s", "", left_out):
             raise UserError(
                 "the chat template leaves out a part of an answer once a later "
@@ -112,16 +112,16 @@ class Conversation(NamedTuple):
 def check_taken(
     conversation: Conversation, text: str, opened: bool, first: int = 0
 ) -> None:
-    """Raise where a template leaves out words, tools, calls or reasoning.
+    """Raise if a template leaves out words, tools, calls or reasoning.
 
     Args:
-        conversation: All of it.
-        text: What the template made of it.
+        conversation: The whole conversation.
+        text: The text that the template rendered.
         opened: Whether the text opens the next answer.
-        first: The message to begin with.
+        first: Index of the first message to check.
 
     Raises:
-        ValueError: It renders the same text without them.
+        ValueError: The template renders the same text without them.
     """
     for what, other in _without(conversation, text, opened, first):
         if _writes(other, text, opened):
@@ -135,7 +135,7 @@ def check_taken(
         return
     for index in range(first, len(conversation.messages) - 1):
         if _holds_reasoning(conversation.messages[index]):
-            # Dropping it once others follow is for `segments` to judge.
+            # `segments` judges whether it may be dropped once others follow.
             ended = conversation._replace(
                 messages=conversation.messages[: index + 1]
             )
@@ -143,8 +143,8 @@ def check_taken(
 
 
 def unread_fields(conversation: Conversation) -> set[str]:
-    """Keys of messages, beside those of words and calls, that change nothing
-    in the text: ids, scores, and whose result a tool's is."""
+    """Message keys, other than those of words and calls, that do not affect
+    the text: ids, scores, and which call a tool's result answers."""
     messages = conversation.messages
     names = {name for message in messages for name in message} - WRITTEN_KEYS
     if not names:
@@ -168,7 +168,7 @@ def _writes(conversation: Conversation, text: str, opened: bool) -> bool:
         messages = conversation.messages
         return conversation.write(messages, opened, conversation.tools) == text
     except UserError:
-        # Refusing what is left shows that it reads what is not.
+        # Rejecting the rest shows that the template reads what was removed.
         return False
 
 
@@ -182,7 +182,7 @@ def _holds_reasoning(message: Mapping[str, Any]) -> bool:
 def _without(
     conversation: Conversation, text: str, opened: bool, first: int
 ) -> Iterator[tuple[str, Conversation]]:
-    """Names of what must not be lost, and the conversation without it."""
+    """Each part that must not be lost, and the conversation without it."""
     messages = conversation.messages
     if conversation.tools and opened:
         yield "the tools", conversation._replace(tools=None)
@@ -198,7 +198,7 @@ def _without(
         if role not in ROLES_OF_ALL:
             yield f"messages of role {role!r}", replaced()
         names = ["tool_calls", "function_call"]
-        # Results are in order: many templates leave out whose they are.
+        # Results are in order: many templates omit which call they answer.
         names += ["name"] if role != "tool" else []
         # Templates drop the reasoning of earlier turns on purpose.
         if index == len(messages) - 1 and not opened:
@@ -219,9 +219,9 @@ def _without(
 def _with_other_words(
     conversation: Conversation, text: str, opened: bool, first: int
 ) -> Iterator[tuple[str, Conversation]]:
-    """Conversations with other words in turns that may not be written.
+    """Conversations with altered words in turns that may not be rendered.
 
-    All turns are marked at once; few are left to be tried one by one.
+    All turns are marked at once; only suspects are then tried one by one.
     """
     messages = conversation.messages
     marked = {
@@ -246,13 +246,13 @@ def _with_other_words(
 
 
 def _behind(whole: str, before: str) -> int:
-    """Where a conversation goes on behind what `generate` saw of it.
+    """Offset in `whole` at which `before`, the text `generate` saw, ends.
 
-    White space may differ: Hermes' template writes a line break behind a tool's
+    Whitespace may differ: Hermes' template writes a line break after a tool's
     result once an answer follows.
 
     Raises:
-        ValueError: It does not begin so.
+        ValueError: The conversation does not begin with that text.
     """
     if whole.startswith(before):
         return len(before)

@@ -1,4 +1,4 @@
-"""`PreferenceDataset`: records in, batches of static shapes out."""
+"""`PreferenceDataset`: batches of static shapes from preference records."""
 
 import copy
 import dataclasses
@@ -40,22 +40,22 @@ class PreferenceDataset(keras.utils.PyDataset):
     """Preference pairs, tokenised once, in batches of few shapes.
 
     Batch i of epoch e is a pure function of (seed, e, i). Pairs of one bucket
-    share a batch; the pairs left over in a bucket fill up the next longer one,
-    so that every pair is seen once an epoch. A short last batch is filled up
-    with empty rows of weight 0.
+    share a batch; pairs left over in a bucket fill up the next longer one, so
+    that every pair is seen once an epoch. A short last batch is padded with
+    empty rows of weight 0.
 
     Args:
-        source: What `data.open_rows` opens.
+        source: Any source that `data.sources.open_rows` opens.
         preprocessor: A `DPOPreprocessor`. None: the rows hold token ids.
         batch_size: Pairs per batch.
         shuffle: Whether the order changes from epoch to epoch.
-        seed: Of the order.
-        split: Such as `"train[:10%]"`.
+        seed: Random seed for shuffling.
+        split: Split to read, such as `"train[:10%]"`.
         column_map: Our field name -> the data's column name.
         ranked: For scored lists, `"best_vs_worst"` or `"all"` pairs.
         buckets: Ascending lengths, in tokens, that rows are padded to. None:
             powers of two from 64 up to the longest pair.
-        verbose: Whether to print what was found, dropped and cut.
+        verbose: Whether to print what was found, dropped and truncated.
 
     Raises:
         ValueError: A row is broken, or no pair is left.
@@ -93,7 +93,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         self.seed = seed
         self.epoch = 0
         self.steps_per_epoch: int | None = None
-        # Of the current epoch; above 0 where a run goes on inside it.
+        # First batch of the current epoch; above 0 when resuming inside it.
         self.first_batch = 0
         self.preprocessor = preprocessor or DPOPreprocessor()
         self._reader = PairReader(
@@ -130,19 +130,19 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     @property
     def report(self) -> DataReport:
-        """What was found in the data, dropped and cut."""
+        """Report of what was found in the data, dropped and truncated."""
         return self._reader.report
 
     @property
     def records(self) -> list[Record]:
-        """The first records that are trained on whole, as text."""
+        """The first records trained on with a whole prompt, as text."""
         return self._reader.records
 
     # --- Order --------------------------------------------------------------
 
     @property
     def num_pairs(self) -> int:
-        """Pairs kept."""
+        """Number of pairs kept."""
         return len(self.pairs)
 
     @property
@@ -152,7 +152,7 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     @property
     def num_batches(self) -> int:
-        """Batches that the current epoch still has."""
+        """Batches left in the current epoch."""
         return self.batches_per_epoch - self.first_batch
 
     @property
@@ -162,7 +162,7 @@ class PreferenceDataset(keras.utils.PyDataset):
 
     @property
     def batches_per_pass(self) -> int:
-        """Batches that hold every pair once."""
+        """Batches of one pass over all pairs."""
         return -(-self.num_pairs // self.batch_size)
 
     def __len__(self) -> int:
@@ -198,23 +198,23 @@ class PreferenceDataset(keras.utils.PyDataset):
             buckets = self.buckets_of(order)
             batches = batches_of_buckets(order, buckets, self.batch_size)
         if self.shuffle:
-            # Which batch a pair is in follows from its length: when the batch
-            # comes must not.
+            # A pair's batch depends on its length: the batch's place in the
+            # epoch must not.
             batches = [batches[i] for i in random.permutation(len(batches))]
         return batches
 
     def buckets_of(self, indices: np.ndarray) -> np.ndarray:
-        """Which of `shapes` each pair is padded to, `(pairs,)`."""
+        """Index into `shapes` that each pair is padded to, `(pairs,)`."""
         pairs = self.pairs[indices]
         sizes = np.stack([pairs.sequence_lengths, pairs.completion_lengths])
-        # The first one that holds both.
+        # The first shape that holds both.
         fits = sizes <= np.array(self.shapes)[:, :, None]
         return fits.all(axis=1).argmax(axis=0)
 
     def in_input_order(
         self, outputs: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Rows of all batches -> one value per input row; NaN: dropped."""
+        """Reorder outputs to one value per input row; NaN where dropped."""
         indices: list[np.ndarray] = []
         kept: list[int] = []
         for i in range(self.num_batches):
@@ -225,7 +225,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         ordered = {}
         for name, values in outputs.items():
             if len(set(self.report.rows)) < len(self.report.rows):
-                # Ranked lists give several pairs a row: one value per pair.
+                # Ranked lists give several pairs per row: one value per pair.
                 full = np.full(self.num_pairs, np.nan, values.dtype)
                 full[np.concatenate(indices)] = values[kept]
             else:
@@ -243,18 +243,18 @@ class PreferenceDataset(keras.utils.PyDataset):
     def make_batch(
         self, indices: Iterable[int], share: BatchShare = WHOLE_BATCH
     ) -> dict[str, np.ndarray]:
-        """Arrays of the given pairs, padded to a shape of the list.
+        """Arrays of the given pairs, padded to one of `shapes` or packed.
 
         Args:
-            indices: Of a batch's pairs.
-            share: Whose rows to make, in the shape of the whole batch.
+            indices: Indices of the batch's pairs.
+            share: Part of the rows to make, padded like the whole batch.
 
         Returns:
-            `token_ids` `(pairs, 2, length)`; `completion_ids` and
-            `completion_mask` `(pairs, 2, tokens)`; `prompt_lengths` and
-            `completion_lengths` `(pairs, 2)`; `weight` and `margin`
-            `(pairs,)`; with a stored reference `reference_log_probs` `(pairs,
-            2, tokens)`.
+            `token_ids` `(pairs, 2, length)`, or the rows of `pack_batch`;
+            `completion_ids` and `completion_mask` `(pairs, 2, tokens)`;
+            `prompt_lengths` and `completion_lengths` `(pairs, 2)`; `weight`
+            and `margin` `(pairs,)`; with a stored reference
+            `reference_log_probs` `(pairs, 2, tokens)`.
         """
         every = np.asarray(list(indices))
         own = share.of(self.batch_size)
@@ -276,18 +276,18 @@ class PreferenceDataset(keras.utils.PyDataset):
         return batch
 
     def view(self) -> "PreferenceDataset":
-        """The same pairs with a place of their own in them, at the start."""
+        """A shallow copy with a position of its own, at the start."""
         dataset = copy.copy(self)
         dataset.epoch = dataset.first_batch = 0
         dataset._cached_order = None
         return dataset
 
     def packed(self, packing: Packing, epochs: int = 1) -> "PreferenceDataset":
-        """The same pairs in rows; the dataset itself stays as it is.
+        """A copy with the same pairs packed in rows.
 
         Args:
             packing: The layout. If it has no lengths, they are chosen here.
-            epochs: How many the lengths are chosen for.
+            epochs: Number of epochs that the lengths are chosen for.
         """
         dataset = copy.copy(self)
         dataset._cached_order = None
@@ -297,7 +297,7 @@ class PreferenceDataset(keras.utils.PyDataset):
             packing = dataclasses.replace(packing, longest_pair=longest)
         dataset.packing = packing
         if not packing.lengths:
-            # More epochs hold about the same lengths.
+            # Further epochs have about the same lengths.
             lengths = choose_lengths(dataset.row_totals(min(epochs, 3)))
             dataset.packing = dataclasses.replace(packing, lengths=lengths)
         return dataset
@@ -319,7 +319,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         return packing.longest_row(lengths, self.batch_size)
 
     def describe_rows(self) -> str:
-        """One line: how batches are laid out, and what that saves."""
+        """One line on the layout of batches in rows, and what it saves."""
         packing, totals = self.packing or Packing(), self.row_totals()
         real = self.packed_lengths.sum()
         rows = packing.num_rows(self.batch_size)
@@ -343,7 +343,7 @@ class PreferenceDataset(keras.utils.PyDataset):
         return self._reference is not None
 
     def _read_reference(self) -> None:
-        """Take whole-completion log-probs from the records."""
+        """Use the records' whole-completion log-probs, if given."""
         sums = np.stack([self.pairs.extra(name) for name in SUM_FIELDS])
         given = ~np.isnan(sums).any(axis=0)
         self.reference_is_summed = bool(given.any())
@@ -358,16 +358,16 @@ class PreferenceDataset(keras.utils.PyDataset):
         self._reference = SummedReference(self.pairs)
 
     def use_reference(self, stored: Any) -> None:
-        """Take reference log-probs from `stored[pair]`, `(2, tokens)`."""
+        """Use the reference log-probs `stored[pair]`, `(2, tokens)`."""
         self._reference = stored
         self.reference_is_summed = False
 
     def parts(self, indices: list[np.ndarray], tokens: int) -> list[Any]:
-        """Some of the pairs each, in order, in batches of their own size.
+        """Unshuffled datasets of subsets of the pairs, in larger batches.
 
         Args:
-            indices: Of each part's pairs.
-            tokens: About as many per batch; never fewer pairs than now.
+            indices: Indices of each part's pairs.
+            tokens: Approximate tokens per batch; never fewer pairs than now.
         """
         size = max(self.batch_size, tokens // self._mean_pair_length())
         parts = []
@@ -384,20 +384,20 @@ class PreferenceDataset(keras.utils.PyDataset):
     def _mean_pair_length(self) -> int:
         return int(2 * self.pairs.sequence_lengths.mean())
 
-    # --- Going on after a stop ---------------------------------------------
+    # --- Resuming ----------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
-        """What a backup keeps beyond the place in the data, as JSON."""
+        """State for a backup beyond the position in the data, as JSON."""
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_state` gave."""
+        """Restore what `get_state` returned."""
 
     # --- Checks -------------------------------------------------------------
 
     def check(self, raise_if_unfit: Callable[[Any], None]) -> None:
-        """Call a check with this dataset, which raises where it must.
+        """Run a check on this dataset, which raises if it does not fit.
 
-        A stream calls it again with every window that training comes to.
+        A stream runs it again on every window that training reaches.
         """
         raise_if_unfit(self)

@@ -1,4 +1,4 @@
-"""Text with stand-ins -> token ids, with BOS and one end token."""
+"""Encodes text with stand-ins as token ids, with BOS and one end token."""
 
 from keras_dpo.data.control_tokens import StandIns
 from keras_dpo.data.tokenizers import TextTokenizer
@@ -7,7 +7,7 @@ from keras_dpo.data.tokenizers import TextTokenizer
 def encode(
     tokenizer: TextTokenizer, texts: list[str], stand_ins: StandIns
 ) -> list[list[int]]:
-    """Ids of texts, with stand-ins encoded as the text they stand for."""
+    """Token ids of texts; stand-ins are encoded as the text they replace."""
     if not texts:
         return []
     escaped = {
@@ -34,7 +34,7 @@ def encode(
 
 
 def with_bos(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
-    """Begin with BOS, where the tokenizer has one."""
+    """Prepend BOS if the tokenizer has one and it is missing."""
     bos = tokenizer.bos_id
     if bos is None or ids[:1] == [bos]:
         return ids
@@ -42,7 +42,7 @@ def with_bos(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
 
 
 def with_end(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
-    """End with one end token; templates write whitespace behind theirs."""
+    """End with one end token, less whitespace that templates write after it."""
     control_ids = set(tokenizer.control_tokens.values())
     ends = [i for i, t in enumerate(ids) if t in control_ids]
     if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():

@@ -1,9 +1,9 @@
 """The layouts that preference data comes in, one small function each.
 
-`LAYOUTS` is searched in order; the first whose test holds for the first row
-is taken for all rows. `settle` makes a `Form` of it: which columns are read,
-and whether the rows are chats or plain text. Both are facts of the columns and
-never of a row's cells, so an empty cell changes no row's format.
+`LAYOUTS` is searched in order; the first that fits the first row is used for
+all rows. `settle` derives a `Form` from it: which columns are read, and whether
+the rows are chats or plain text. Both depend on the columns, never on a row's
+cells, so an empty cell changes no row's format.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "history")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ASSISTANT_MARK = "\n\nAssistant:"
 # Layouts with two answers and a label: answers, label, label -> signed
-# preference, positive where the first answer is better.
+# preference, positive if the first answer is better.
 AB_LAYOUTS = (
     (
         "response1",
@@ -66,13 +66,13 @@ class Layout(NamedTuple):
     """One way to write preference pairs.
 
     Args:
-        name: For the report.
-        fits: Whether a row is written this way.
+        name: Name in the report.
+        fits: Whether a row has this layout.
         convert: A row and the dataset's form -> records.
-        columns: Columns that it always reads, where they are there.
-        parts: What it also takes: `prompt` (one of `PROMPT_COLUMNS` with
+        columns: Columns that it always reads, if present.
+        parts: Further parts it reads: `prompt` (one of `PROMPT_COLUMNS` with
             `input` and `history`), `system`.
-        is_chat: Whether its rows are messages in any case.
+        is_chat: Whether its rows are always messages.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Form(NamedTuple):
         prompt: The column of the prompt's text.
         system: The column of the system text, if there is one.
         context: Whether `context` holds the prompt as messages.
-        labels: The entry of `AB_LAYOUTS`, where there is a label.
+        labels: The entry of `AB_LAYOUTS`, if there is a label.
         every: Whether a ranked list gives all its pairs.
     """
 
@@ -153,7 +153,7 @@ def settle(row: Row, every: bool = False) -> Form:
 
 
 def columns_of(row: Row, form: Form) -> set[str]:
-    """Names of the row's columns, and of what an API row's input holds."""
+    """Names of the row's columns, and of those in an API row's input."""
     names = set(row)
     inner = row.get("input")
     if form.layout.convert is from_api and isinstance(inner, Mapping):
@@ -163,7 +163,7 @@ def columns_of(row: Row, form: Form) -> set[str]:
 
 
 def check_form(form: Form, first: Row, row: Row) -> None:
-    """Raise where a later row has a column that the first row lacks, and that
+    """Raise if a later row has a column that the first row lacks and that
     would have settled another form."""
     new = {
         name: value
@@ -186,7 +186,7 @@ def check_form(form: Form, first: Row, row: Row) -> None:
 
 
 def asked(row: Row, form: Form) -> str | list[Message]:
-    """The prompt: a string, or messages where the dataset is a chat."""
+    """The prompt: a string, or messages if the dataset is a chat."""
     if form.context:
         return with_system(row, form, messages(row.get("context"), "context"))
     if is_messages(row.get("context")) and form.labels is not None:
@@ -220,7 +220,7 @@ def past_turns(row: Row) -> list[Message]:
 
 
 def with_system(row: Row, form: Form, turns: list[Message]) -> list[Message]:
-    """The conversation with the row's system text in front."""
+    """Prepend the row's system text to a conversation."""
     if form.system is None or is_empty(row.get(form.system)):
         return turns
     system = text(row, form.system)
@@ -239,7 +239,7 @@ def with_system(row: Row, form: Form, turns: list[Message]) -> list[Message]:
 def pair(
     row: Row, form: Form, prompt: Any, chosen: Any, rejected: Any
 ) -> Record:
-    """A record; answers that are strings become turns of a chat."""
+    """Make a record; in a chat, answers that are strings become turns."""
     answers = [
         [{"role": "assistant", "content": answer}]
         if form.is_chat and isinstance(answer, str)
@@ -255,7 +255,7 @@ def pair(
 
 
 def from_ids(row: Row, form: Form) -> list[Record]:
-    """Token ids pass through untouched."""
+    """Token ids, passed through unchanged."""
     record = {}
     for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
         ids: Any = row.get(field)
@@ -324,7 +324,7 @@ def from_messages(row: Row, form: Form) -> list[Record]:
 
 
 def repeats_its_prompt(row: Row, record: Record) -> bool:
-    """Whether a prompt beside whole conversations is a turn of theirs."""
+    """Whether a prompt beside whole conversations repeats a turn of theirs."""
     given = row.get("prompt")
     if (
         not isinstance(given, str)
@@ -363,7 +363,7 @@ def from_strings(row: Row, form: Form) -> list[Record]:
 
 
 def from_transcript(row: Row, form: Form) -> list[Record]:
-    """HH transcripts: the last assistant mark is the boundary."""
+    """HH transcripts, split at the last assistant mark."""
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     for field in SYSTEM_COLUMNS:
         if not is_empty(row.get(field)):
@@ -458,7 +458,7 @@ def from_ranked(row: Row, form: Form) -> list[Record]:
     for completion in completions:
         if not isinstance(completion, Mapping):
             raise RowError("completions", "made of mappings", completion)
-    # One name for all: scores under two names are no order.
+    # One name for all: scores under two names are not comparable.
     name = next((n for n in SCORE_NAMES if n in completions[0]), "score")
     scored = [
         (

@@ -1,4 +1,4 @@
-"""`Limits`: how long prompts and completions may be, and what is cut."""
+"""`Limits`: maximum lengths of prompts and completions, and truncation."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from keras_dpo.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Lengths in tokens; see `DPOPreprocessor` for the arguments.
+    """Length limits in tokens; see `DPOPreprocessor` for the arguments.
 
     Raises:
         ValueError: The limits contradict each other.
@@ -45,11 +45,11 @@ class Limits:
 
     @property
     def prompt(self) -> int:
-        """Tokens that a prompt may have."""
+        """Maximum tokens of a prompt."""
         return self.max_prompt_length or self.max_length - 1
 
     def apply(self, row: Tokenized, bos: int | None) -> Tokenized:
-        """Cut what is over the limits, and say what was cut."""
+        """Truncate what is over the limits, and note what was truncated."""
         notes = list(row.notes)
         limit = self.prompt
         prompt = row.prompt_ids
@@ -92,7 +92,7 @@ class Limits:
         return None
 
     def check(self, number: int, row: Tokenized) -> None:
-        """Raise where a row was cut, and must not be."""
+        """Raise if a row was truncated and must not be."""
         if self.on_overflow == "error":
             self._check_whole(number, row)
         _check_references(number, row)
@@ -110,7 +110,7 @@ class Limits:
 
 
 def _check_references(number: int, row: Tokenized) -> None:
-    """Raise where reference log-probs are of more text than is kept."""
+    """Raise if reference log-probs cover text that was truncated."""
     cut = any("truncated" in note for note in row.notes)
     given = any(name.startswith("reference") for name in row.extras)
     if cut and given and row.dropped is None:

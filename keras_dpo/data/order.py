@@ -1,26 +1,26 @@
-"""The pairs of an epoch, in their order -> batches of about one length."""
+"""Batches of similar length from the ordered pairs of an epoch."""
 
 import numpy as np
 
 from keras_dpo.data.packing import Packing, deal
 
-# Batches whose pairs are dealt among them, so that all are about as long.
+# Batches of a window; pairs are dealt among them to balance their lengths.
 BALANCED_BATCHES = 64
 
 
 def balanced_batches(
     order: np.ndarray, lengths: np.ndarray, batch_size: int, packing: Packing
 ) -> list[np.ndarray]:
-    """Batches of about as many tokens, pairs that do not fill one last.
+    """Batches with about equal numbers of tokens; a short one comes last.
 
-    Every pair is in one batch and every batch has as many pairs, so the
+    Every pair is in one batch and all full batches have as many pairs, so the
     expectation of a step is that of batches drawn at random.
 
     Args:
         order: Indices of the pairs, `(pairs,)`.
         lengths: Tokens that each pair takes in a row, by its index.
         batch_size: Pairs per batch.
-        packing: The layout in rows.
+        packing: The row layout.
     """
     full = len(order) // batch_size
     batches = []
@@ -38,11 +38,11 @@ def balanced_batches(
 def batches_of_buckets(
     order: np.ndarray, buckets: np.ndarray, batch_size: int
 ) -> list[np.ndarray]:
-    """Batches of one bucket; what is left of one fills up the next.
+    """Batches of one bucket each; leftovers fill up the next bucket.
 
     Args:
         order: Indices of the pairs, `(pairs,)`.
-        buckets: The bucket of each, in that order.
+        buckets: The bucket of each pair, in the same order.
         batch_size: Pairs per batch.
     """
     batches: list[np.ndarray] = []

@@ -1,8 +1,8 @@
-"""Pairs -> rows of tokens without padding, each prompt once.
+"""Packs pairs into rows of tokens without padding, each prompt once.
 
-A row is `[prompt | chosen | rejected] [prompt | chosen | rejected] ...`. What a
-token may attend to follows from its segment, so nothing is padded but the end
-of the row.
+A row is `[prompt | chosen | rejected] [prompt | chosen | rejected] ...`. A
+token's segment determines what it may attend to, so only the end of a row is
+padded.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ COMPILATION = 4
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How a dataset's batches are laid out in rows.
+    """Layout of a dataset's batches in rows.
 
     Args:
-        micro_batches: Micro-batches of a step.
+        micro_batches: Micro-batches per step.
         devices: Data-parallel devices.
         share_prompt: Whether a prompt is written once per pair.
         pack: Whether a row holds all pairs of a device and micro-batch, or
-            one.
+            one pair.
         lengths: Ascending row lengths, in tokens; a batch takes the first
             that holds its longest row.
-        windows: Sizes of the sliding windows that some layers attend within.
-        sequence_length: Tokens of the longest sequence, where attention runs
-            on whole sequences; else None.
+        windows: Sizes of the layers' sliding windows.
+        sequence_length: Tokens of the longest sequence, if attention runs on
+            whole sequences; else None.
         longest_pair: Tokens of the longest pair in a row; it bounds the blocks
             that a block of tokens sees. None: no bound but the row.
     """
@@ -48,13 +48,13 @@ class Packing:
     longest_pair: int | None = None
 
     def num_rows(self, pairs: int) -> int:
-        """Rows of a batch of so many pairs."""
+        """Number of rows of a batch of `pairs` pairs."""
         return self.micro_batches * self.devices if self.pack else pairs
 
     def row_of(self, pairs: int) -> np.ndarray:
         """The row of each pair, `(pairs,)`.
 
-        A device holds consecutive pairs, and a micro-batch every so many-th
+        A device holds consecutive pairs, and a micro-batch is a strided slice
         of them, as in `steps._micro_batches`: nothing moves between devices.
         """
         if not self.pack:
@@ -67,7 +67,7 @@ class Packing:
         """Tokens that each pair takes in a row, `(pairs,)`.
 
         Args:
-            lengths: Of prompt, chosen and rejected, `(pairs, 3)`.
+            lengths: Tokens of prompt, chosen and rejected, `(pairs, 3)`.
         """
         return lengths @ [1 if self.share_prompt else 2, 1, 1]
 
@@ -75,7 +75,7 @@ class Packing:
         """Tokens of the longest row of a batch.
 
         Args:
-            lengths: Tokens of each pair that is there, at most `pairs`.
+            lengths: Tokens of each pair present, at most `pairs` of them.
             pairs: Pairs of a full batch.
         """
         return int(
@@ -83,14 +83,14 @@ class Packing:
         )
 
     def row_length(self, tokens: int) -> int:
-        """The row length that holds so many tokens."""
+        """The shortest row length that holds this many tokens."""
         fitting = [length for length in self.lengths if tokens <= length]
         return fitting[0] if fitting else round_up(tokens, BLOCK)
 
     def most_blocks(self, length: int) -> int:
-        """Blocks that a block of tokens sees at most, in rows of a length.
+        """Maximum key blocks that a block of tokens sees, in rows of a length.
 
-        Those of one pair that begins before it, and the block itself.
+        These are the blocks of one pair that begins before it, and its own.
         """
         blocks = length // BLOCK
         if self.longest_pair is None:
@@ -98,7 +98,7 @@ class Packing:
         return min(blocks, -(-self.longest_pair // BLOCK) + 2)
 
     def order(self, lengths: np.ndarray) -> np.ndarray:
-        """A full batch's pairs, arranged so that its rows are about as long.
+        """Order of a full batch's pairs that makes its rows about as long.
 
         Which pairs make up a micro-batch does not depend on the devices.
 
@@ -117,14 +117,14 @@ class Packing:
 
 
 def deal(lengths: np.ndarray, groups: int) -> list[np.ndarray]:
-    """Split into groups of one size and about the same total.
+    """Split items into groups of equal size and about equal total length.
 
-    The longest that are left go to the groups that are shortest so far, one
-    each.
+    Greedily, the longest items left go to the groups that are shortest so far,
+    one each.
 
     Args:
         lengths: `(items,)`, items a multiple of `groups`.
-        groups: How many.
+        groups: Number of groups.
 
     Returns:
         Indices of each group's items.
@@ -140,14 +140,14 @@ def deal(lengths: np.ndarray, groups: int) -> list[np.ndarray]:
 
 
 def choose_lengths(totals: np.ndarray, most: int = 4) -> tuple[int, ...]:
-    """Row lengths for batches of so many tokens: few, and little padding.
+    """Choose few row lengths that leave little padding in these batches.
 
-    The least work by dynamic programming, where one more length costs
+    Dynamic programming minimizes the work, where each further length costs
     `COMPILATION` rows of it.
 
     Args:
         totals: Tokens of the longest row of each batch.
-        most: Lengths at most: each is compiled once.
+        most: Maximum number of lengths; each is compiled once.
     """
     sizes, counts = np.unique(
         [round_up(total, BLOCK) for total in totals], return_counts=True
@@ -155,7 +155,7 @@ def choose_lengths(totals: np.ndarray, most: int = 4) -> tuple[int, ...]:
     before = [0, *np.cumsum(counts).tolist()]
 
     def cost(first: int, last: int) -> int:
-        """Of the batches of these sizes, all padded to the largest."""
+        """Work of the batches of these sizes, padded to the largest."""
         batches = before[last + 1] - before[first]
         return (batches + COMPILATION) * int(sizes[last])
 
@@ -180,7 +180,7 @@ def choose_lengths(totals: np.ndarray, most: int = 4) -> tuple[int, ...]:
 
 
 class _Segment(NamedTuple):
-    """Consecutive tokens of a row that attend alike."""
+    """Consecutive tokens of a row that share an attention pattern."""
 
     number: int
     ids: Sequence[int]
@@ -196,26 +196,26 @@ def pack_batch(
     completion_tokens: int,
     length: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The rows of a batch.
+    """Pack a batch of pairs into rows.
 
     Args:
         packing: The layout.
         pairs: At most `size` pairs.
         size: Pairs of a full batch.
         completion_tokens: Width of the batch's `completion_ids`.
-        length: Tokens of a row. None: what these pairs need.
+        length: Tokens per row. None: as many as these pairs need.
 
     Returns:
         `row_ids`, `row_positions`, `row_segments` `(rows, length)`, segment
         -1 where a row is empty; `scored_states` and `scored_ids` `(rows,
-        length)`, the places whose state predicts a scored token, and that
+        length)`, the positions whose state predicts a scored token, and that
         token, `scored_counts` `(rows,)` of them; `scored_slots` `(pairs, 2,
-        tokens)`, where in these lists each completion token is; per window
-        `blocks_<window>` `(rows, blocks, blocks)` and `block_counts_<window>`
-        `(rows, blocks)`, the blocks of keys that each block of tokens attends
-        to (window 0: no window); for whole sequences `sequence_slots` `(pairs,
-        2, sequence)`, places in the row, and `row_slots` `(rows, length)`, the
-        way back.
+        tokens)`, the index of each completion token in these lists; per window
+        `blocks_<window>` `(rows, blocks, most_blocks)` and
+        `block_counts_<window>` `(rows, blocks)`, the key blocks that each
+        block of tokens attends to (window 0: no window); for whole sequences
+        `sequence_slots` `(pairs, 2, sequence)`, positions in the row, and
+        `row_slots` `(rows, length)`, the inverse.
     """
     row_of = packing.row_of(size)
     rows = packing.num_rows(size)
@@ -270,7 +270,7 @@ def _write_pair(
     place: int,
     pair: Tokenized,
 ) -> None:
-    """Append a pair's segments to its row; note what it scores."""
+    """Append a pair's segments to its row, and record its scored tokens."""
     start = local = 0
     if segments:
         start = segments[-1].start + len(segments[-1].ids)
@@ -325,15 +325,15 @@ def _write_pair(
 def visible_blocks(
     segments: Sequence[_Segment], length: int, window: int = 0
 ) -> list[list[int]]:
-    """Which blocks of keys hold something that a block of tokens attends to.
+    """Key blocks that each block of tokens attends to, at least in part.
 
     Args:
         segments: A row's segments.
         length: Tokens of the row, a multiple of `BLOCK`.
-        window: Tokens back that are seen; 0 for all.
+        window: Size of the sliding window, in tokens; 0 for none.
 
     Returns:
-        For each block of tokens the blocks of keys, ascending.
+        For each block of tokens, its key blocks, ascending.
     """
     visible: list[set[int]] = [set() for _ in range(length // BLOCK)]
 

@@ -1,4 +1,4 @@
-"""Tokenised pairs, any number of them: their tokens stay on disk."""
+"""Tokenised pairs, any number of them: their token ids spill to disk."""
 
 import copy
 import hashlib
@@ -15,7 +15,7 @@ from keras_dpo.data.records import EXTRA_FIELDS
 from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.utils.files import cache_directory
 
-# Bytes of token ids above which they are held in a file.
+# Bytes of token ids above which they spill to a file.
 HELD_IN_MEMORY = 2**26
 HASHED_AT_ONCE = 2**24
 
@@ -23,17 +23,17 @@ HASHED_AT_ONCE = 2**24
 class TokenizedPairs(Sequence[Tokenized]):
     """Tokenised pairs; some 80 bytes each in memory, whatever their length.
 
-    Token ids are one array of int32, memory-mapped from a file without a name
-    in the cache directory once it is large; a token that is not scored stands
-    there as `~id`, which is negative.
+    Token ids are one int32 array, memory-mapped from an unnamed file in the
+    cache directory once it is large; a token that is not scored is stored as
+    `~id`, which is negative.
 
     Args:
-        pairs: Read once.
+        pairs: Pairs, iterated once.
 
     Attributes:
         lengths: Tokens of prompt, chosen and rejected, `(pairs, 3)`.
-        largest_ids: The largest token id of each, `(pairs,)`.
-        prompt_keys: Equal for equal prompts, `(pairs,)`.
+        largest_ids: The largest token id of each pair, `(pairs,)`.
+        prompt_keys: Hash of each prompt, `(pairs,)`.
 
     Raises:
         OSError: The file cannot be written.
@@ -65,7 +65,7 @@ class TokenizedPairs(Sequence[Tokenized]):
         return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
-        """A pair; of a slice or an array of indices those pairs, in a view."""
+        """One pair, or a view of the pairs of a slice or array of indices."""
         if isinstance(index, slice | np.ndarray):
             return self._view(index)
         prompt, chosen, rejected = self.lengths[index].tolist()
@@ -106,11 +106,11 @@ class TokenizedPairs(Sequence[Tokenized]):
         return self._extras[name]
 
     def shared_prompts(self, others: "TokenizedPairs") -> int:
-        """How many prompts are in both."""
+        """Number of distinct prompts in both."""
         return len(np.intersect1d(self.prompt_keys, others.prompt_keys))
 
     def hash_token_ids(self) -> str:
-        """Of every prompt and completion, in order, and what is scored."""
+        """Hash of all prompts, completions and what is scored, in order."""
         digest = hashlib.blake2b(self.lengths.tobytes(), digest_size=16)
         sizes = self.lengths.sum(axis=1)
         if np.array_equal(self._starts, np.cumsum(sizes) - sizes):
@@ -126,7 +126,7 @@ class TokenizedPairs(Sequence[Tokenized]):
         return digest.hexdigest()
 
     def hash_extras(self) -> str:
-        """Of weights, margins and given log-probs, in order."""
+        """Hash of the weights, margins and given log-probs, in order."""
         digest = hashlib.blake2b(digest_size=16)
         for values in self._extras.values():
             digest.update(values.tobytes())
@@ -149,7 +149,7 @@ def _key(prompt: np.ndarray) -> int:
 
 
 class _TokenFile:
-    """Token ids in memory, and from a size on in a file without a name."""
+    """Buffer of token ids that spills to an unnamed file once it is large."""
 
     def __init__(self) -> None:
         self._file: Any = io.BytesIO()
@@ -177,7 +177,7 @@ class _TokenFile:
     def read_back(self) -> np.ndarray:
         if isinstance(self._file, io.BytesIO):
             return np.frombuffer(self._file.getvalue(), "int32")
-        # The mapping keeps the file until it is let go of.
+        # The memory map keeps the file alive until it is released.
         with self._file:
             self._file.flush()
             return np.memmap(self._file, "int32", mode="r")

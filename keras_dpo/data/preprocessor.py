@@ -1,4 +1,4 @@
-"""Records -> token ids, exactly as the model will see them at inference."""
+"""Tokenises records exactly as the model will see them at inference."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,28 +35,28 @@ Prompt = str | Messages | Record
 
 
 class DPOPreprocessor:
-    """Turns records of text, messages or ids into limited token ids.
+    """Turns records of text, messages or ids into token ids within limits.
 
-    Strings are taken as they are; message lists go through the chat template;
-    rows of ids go through untouched, whatever their length.
+    Strings are used as they are; message lists are rendered by the chat
+    template; rows of ids pass through unchanged, whatever their length.
 
     Args:
         tokenizer: A Hugging Face fast tokenizer, a Keras-Hub tokenizer, or a
             directory with a `tokenizer.json`. None: records hold ids already.
         max_length: Tokens of prompt and completion together.
-        max_prompt_length: Tokens of the prompt; it is cut from the left, for
+        max_prompt_length: Tokens of the prompt, truncated from the left, for
             chats by whole turns. None: what `max_length` leaves.
-        max_completion_length: Tokens of a completion; it is cut from the
-            right and then has no end token. None: `max_length` less
+        max_completion_length: Tokens of a completion, truncated from the
+            right, then without an end token. None: `max_length` less
             `max_prompt_length`, or less the prompt's own length.
         chat_template: `"auto"`, the tokenizer's own or its family's; the name
             of one in `chat_templates.TEMPLATES`; or Jinja source.
-        on_overflow: `"truncate"`, `"drop"` or `"error"`, for what is longer
-            than the limits.
+        on_overflow: What to do with text over the limits: `"truncate"`,
+            `"drop"` or `"error"`.
         chat_template_kwargs: Further variables of the template, such as
             `{"enable_thinking": False}`.
-        date: What templates that write the date are told, such as
-            `"2026-11-28"`. None: the day the preprocessor is made.
+        date: Date for templates that write it, such as `"2026-11-28"`. None:
+            the day the preprocessor is made.
 
     Raises:
         ValueError: The limits contradict each other, or an option is unknown.
@@ -89,7 +89,7 @@ class DPOPreprocessor:
         self.format = ChatFormat(
             self.tokenizer, chat_template, chat_template_kwargs, date
         )
-        # Only the template writes control ids.
+        # Only the template may write control ids.
         tokens = {} if self.tokenizer is None else self.tokenizer.control_tokens
         self._control_ids = set(tokens.values())
         self._stand_ins = StandIns(tokens)
@@ -98,7 +98,7 @@ class DPOPreprocessor:
     def from_policy(
         cls, policy: keras.Model, **options: Any
     ) -> "DPOPreprocessor":
-        """With the policy's own tokenizer, or none where it has none."""
+        """Make a preprocessor with the policy's own tokenizer, if any."""
         tokenizer = getattr(policy, "_huggingface_tokenizer", None)
         if tokenizer is None:
             theirs = getattr(policy, "preprocessor", None)
@@ -113,7 +113,7 @@ class DPOPreprocessor:
 
     @property
     def chat_format(self) -> dict[str, Any]:
-        """What the tokenizer itself does not hold of how messages are written:
+        """Chat settings that the tokenizer itself does not hold:
         `chat_template` and `chat_template_kwargs`."""
         found: dict[str, Any] = {}
         if self.format.chat_template != "auto" and self.has_template():
@@ -123,7 +123,7 @@ class DPOPreprocessor:
         return found
 
     def check_can_be_saved(self, policy: keras.Model) -> None:
-        """Raise where a config does not bring the tokenizer back."""
+        """Raise if a config could not restore the tokenizer."""
         theirs = getattr(getattr(policy, "preprocessor", None), "tokenizer", 0)
         own = getattr(self.tokenizer, "tokenizer", None)
         is_hugging_face = isinstance(self.tokenizer, HuggingFaceTokenizer)
@@ -140,13 +140,13 @@ class DPOPreprocessor:
     def from_chat_format(
         cls, tokenizer: Any, own: Mapping[str, Any], **options: Any
     ) -> "DPOPreprocessor":
-        """With a preset's own way to write messages, unless told otherwise.
+        """Make a preprocessor with a preset's chat format, unless overridden.
 
         Args:
-            tokenizer: As for the class; its own template comes first.
-            own: The preset's `chat_template` and `chat_template_kwargs`, where
-                it was trained with such, and the name of its `family`'s
-                template, which comes last.
+            tokenizer: As for the class; its template overrides the family's.
+            own: The preset's `chat_template` and `chat_template_kwargs`, if it
+                was trained with such, and the name of its `family`'s template,
+                which comes last.
             **options: Further arguments of the class.
         """
         tokenizer = None if tokenizer is None else as_text_tokenizer(tokenizer)
@@ -161,7 +161,7 @@ class DPOPreprocessor:
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids that end an answer: EOS, and the template's end of turn."""
+        """Ids that end an answer: EOS, and the template's end-of-turn token."""
         tokenizer = self.need_tokenizer()
         ends = [tokenizer.eos_id]
         if self.has_template():
@@ -183,7 +183,7 @@ class DPOPreprocessor:
         return self.format.has_template()
 
     def describe_template(self) -> str:
-        """Which chat template is in use, in a few words."""
+        """Short description of the chat template in use."""
         return self.format.describe_template()
 
     @property
@@ -193,33 +193,33 @@ class DPOPreprocessor:
 
     @property
     def template(self) -> str:
-        """The Jinja source in use; raises where there is none."""
+        """The Jinja source in use; raises if there is none."""
         return self.format.template
 
     @property
     def date(self) -> str:
-        """The day that templates are told."""
+        """The date that templates are given."""
         return self.format.date
 
     @property
     def max_length(self) -> int:
-        """Tokens of prompt and completion together."""
+        """Maximum tokens of prompt and completion together."""
         return self.limits.max_length
 
     @property
     def max_prompt_length(self) -> int | None:
-        """Tokens of the prompt."""
+        """Maximum tokens of the prompt."""
         return self.limits.max_prompt_length
 
     @property
     def max_completion_length(self) -> int | None:
-        """Tokens of a completion."""
+        """Maximum tokens of a completion."""
         return self.limits.max_completion_length
 
     # --- Text -> ids --------------------------------------------------------
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """What the model sees before it answers; `generate` is fed these.
+        """Token ids that the model sees before it answers, as in `generate`.
 
         Args:
             prompt: A string, messages, or a mapping with messages as `prompt`
@@ -238,7 +238,7 @@ class DPOPreprocessor:
 
         Args:
             records: See `data.normalize_records`.
-            rows: Their numbers, for messages. None: counted from 0.
+            rows: Row numbers for error messages. None: counted from 0.
 
         Raises:
             ValueError: A record is over a limit and `on_overflow="error"`, or
@@ -274,7 +274,7 @@ class DPOPreprocessor:
         rows = []
         for record, plan in zip(records, plans, strict=True):
             if plan is None:
-                # Ids go through untouched: no limit is theirs.
+                # Ids pass through unchanged: no limits apply.
                 prompt, chosen, rejected = (list(record[x]) for x in ID_FIELDS)
                 row = Tokenized(prompt, chosen, rejected)
             else:
@@ -293,7 +293,7 @@ class DPOPreprocessor:
     def _plan(self, record: Record, stand_ins: StandIns) -> "_Plan":
         """The texts to encode for one record."""
         prompt = self._prompt_text(record, stand_ins)
-        # Text before the last control token cannot touch the completion.
+        # Text before the last control token cannot merge with the completion.
         tail = max(
             (match.start() for match in stand_ins.control.finditer(prompt)),
             default=0,
@@ -316,7 +316,7 @@ class DPOPreprocessor:
     def _assemble(
         self, plan: "_Plan", parts: list[list[int]], stand_ins: StandIns
     ) -> Tokenized:
-        """The ids of the plan's texts, put together."""
+        """Join the ids of a plan's texts into one record."""
         prompt, tail, parts = parts[0], parts[1], parts[2:]
         tokenizer = self.need_tokenizer()
         notes = []
@@ -402,7 +402,7 @@ class DPOPreprocessor:
         return Conversation(turns, record.get("tools"), write)
 
     def need_tokenizer(self) -> TextTokenizer:
-        """The tokenizer, or an error that says how to give one."""
+        """Return the tokenizer; raises with a remedy if there is none."""
         if self.tokenizer is None:
             raise UserError(
                 "Records of text need a tokenizer. Received: tokenizer=None. "
@@ -412,7 +412,7 @@ class DPOPreprocessor:
         return self.tokenizer
 
     def _shorten(self, record: Record, row: Tokenized) -> Tokenized:
-        """Leave out the oldest turns of a chat that is too long."""
+        """Drop the oldest turns of a chat whose prompt is too long."""
         turns = record["prompt"]
         if isinstance(turns, str):
             return row
@@ -431,7 +431,7 @@ class DPOPreprocessor:
     # --- Saving -------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """Options, and a Hugging Face tokenizer whole."""
+        """Options, and the whole of a Hugging Face tokenizer."""
         tokenizer: Any = None
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
             tokenizer = self.tokenizer.get_config()
@@ -449,7 +449,7 @@ class DPOPreprocessor:
     def from_config(
         cls, config: dict[str, Any], policy: Any = None
     ) -> "DPOPreprocessor":
-        """From `get_config`; a Keras-Hub tokenizer comes from the policy."""
+        """Restore from `get_config`; the policy holds a Keras-Hub tokenizer."""
         config = dict(config)
         tokenizer = config.pop("tokenizer")
         if tokenizer == "policy":
@@ -460,7 +460,7 @@ class DPOPreprocessor:
 
 
 class _Plan(NamedTuple):
-    """What to encode for one record, and how to read the result."""
+    """Texts to encode for one record, and how to assemble the result."""
 
     texts: list[str]
     segments: list[list[Segment]]

@@ -1,4 +1,4 @@
-"""Rows of a source -> tokenised pairs, and what was found on the way."""
+"""Reads rows of a source into tokenised pairs, with a report."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,22 +17,22 @@ from keras_dpo.data.values import Record
 from keras_dpo.distribution.processes import of_all_processes
 from keras_dpo.errors import UserError
 
-# Records that are kept as text, for samples and examples.
+# Number of records kept as text, for samples and examples.
 RECORDS_KEPT = 1000
 
 
 class PairReader:
-    """Reads rows one by one and tokenises them; several processes together.
+    """Reads rows one by one and tokenises them, shared among processes.
 
     Args:
         rows: The source, the same on every process.
-        preprocessor: Makes token ids of records.
+        preprocessor: Tokenises the records.
         column_map: Our field name -> the data's column name.
         ranked: For scored lists, `"best_vs_worst"` or `"all"` pairs.
 
     Attributes:
-        report: What was found, dropped and cut so far.
-        records: The first records that are trained on whole, as text.
+        report: What was found, dropped and truncated so far.
+        records: The first records trained on with a whole prompt, as text.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class PairReader:
         self._settled: Any = None
 
     def read_all(self, verbose: bool) -> TokenizedPairs:
-        """The pairs of all rows; the report's `rows` are theirs.
+        """Read the pairs of all rows; the report gets their row numbers.
 
         Args:
-            verbose: Whether to show how far it is.
+            verbose: Whether to show progress.
         """
 
         def pairs() -> Iterator[Tokenized]:
@@ -66,15 +66,15 @@ class PairReader:
     def each_pair(
         self, first: int = 0, verbose: bool = False
     ) -> Iterator[tuple[int, Tokenized]]:
-        """(row, pair) of what to train on; the report gets what is dropped.
+        """Yield (row, pair) to train on; the report gets what is dropped.
 
         Args:
-            first: The row to begin with.
-            verbose: Whether to show how far it is.
+            first: Number of the first row.
+            verbose: Whether to show progress.
 
         Raises:
             ValueError: A row is broken, on any process, or processes read
-                other rows.
+                different rows.
         """
         numbered = each_record(
             self._rows_from(first),
@@ -84,8 +84,8 @@ class PairReader:
             first,
             self._settled,
         )
-        # Not `process_count` alone, which would begin JAX: devices are chosen
-        # later.
+        # `process_count` alone would initialize JAX, before devices are
+        # chosen.
         met = jax.distributed.is_initialized()
         processes = jax.process_count() if met else 1
         verbose = verbose and not (met and jax.process_index())
@@ -113,7 +113,7 @@ class PairReader:
                 bar.update(report.num_rows)
 
     def _rows_from(self, first: int) -> Iterator[Any]:
-        """The rows from one on; row 0 settles the form, wherever that is."""
+        """Rows from `first` on; row 0 settles the form in any case."""
         rows = iter(self.rows)
         if self._settled is None:
             row = next(rows)
@@ -124,7 +124,7 @@ class PairReader:
     def _tokenize(
         self, part: list[tuple[int, Record]], processes: int
     ) -> list[Tokenized]:
-        """Each process tokenises its share, and all get all."""
+        """Tokenise this process's share, and gather those of all."""
         numbers = [number for number, _ in part]
         records = [record for _, record in part]
         if processes == 1:
@@ -135,7 +135,7 @@ class PairReader:
         try:
             pairs = self._preprocessor.tokenize(records[own], numbers[own])
         except Exception as error:
-            # A bug, too: the others wait for this process.
+            # Bugs, too: the other processes wait for this one.
             mine, failure = error, str(error)
         digest = hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest()
         told = of_all_processes((digest, failure, pairs))

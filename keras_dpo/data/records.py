@@ -1,4 +1,4 @@
-"""Rows as they are found -> records of prompt, chosen and rejected."""
+"""Normalizes rows into records of prompt, chosen and rejected."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-# Columns that say what an answer is about, where nothing reads them.
+# Columns of context that the model does not see unless something reads them.
 CONTEXT_COLUMNS = {
     "tools": "tools",
     "images": "images",
@@ -42,17 +42,17 @@ CONTEXT_COLUMNS = {
 
 @dataclasses.dataclass
 class DataReport:
-    """What was found in the data, and what was dropped and why.
+    """Report of what was found in the data, and what was dropped and why.
 
     Args:
         layout: The layout detected in the first row.
         num_rows: Rows read.
         dropped: Cause -> numbers of the rows dropped for it.
         unused_columns: Columns that nothing reads.
-        unseen_columns: Those of them that hold tools, images and the like.
+        unseen_columns: Unused ones that hold tools, images and the like.
         rows: The row number of every record.
         counts: Cause -> number of rows, for what was changed but kept.
-        example: One record as it was understood.
+        example: One record, as it was parsed.
     """
 
     layout: str = ""
@@ -74,7 +74,7 @@ class DataReport:
             self.counts[cause] = self.counts.get(cause, 0) + number
 
     def lines(self) -> list[str]:
-        """The report as text, a line each."""
+        """The report as lines of text."""
         lines = [f"Rows: {self.num_rows} ({self.layout})"]
         for cause, rows in self.dropped.items():
             shown = ", ".join(map(str, rows[:5]))
@@ -92,7 +92,7 @@ class DataReport:
         return lines
 
     def note_unused(self, row: Row, names: set[str]) -> None:
-        """Remember columns that nothing reads."""
+        """Record columns that nothing reads."""
         if not names.issubset(self.unused_columns):
             self.unused_columns = sorted({*self.unused_columns, *names})
         for name in sorted(names & CONTEXT_COLUMNS.keys()):
@@ -106,7 +106,7 @@ def normalize_records(
     column_map: Mapping[str, str] | None = None,
     ranked: str = "best_vs_worst",
 ) -> tuple[list[Record], DataReport]:
-    """Rows in any known layout -> records, and what happened on the way.
+    """Normalize rows of any known layout into records, with a report.
 
     Args:
         rows: Mappings, all in one layout.
@@ -116,14 +116,14 @@ def normalize_records(
 
     Returns:
         Records with `prompt`, `chosen`, `rejected`, all strings or all lists
-        of messages: mappings with `role`, `content` and all else that was
+        of messages: mappings with `role`, `content` and all other keys
         found, such as `tool_calls`. Optional are `tools`, a list of JSON
         schemas, `weight`, `margin`, `reference_chosen_log_prob` and
         `reference_rejected_log_prob`. Tokenised rows keep `prompt_ids`,
         `chosen_ids` and `rejected_ids`.
 
     Raises:
-        ValueError: No layout fits, or a row is broken; it is named.
+        ValueError: No layout fits, or a row is broken; the error names it.
 
     Example:
 
@@ -143,7 +143,7 @@ def settle_form(
     column_map: Mapping[str, str] | None = None,
     ranked: str = "best_vs_worst",
 ) -> tuple[layouts.Form, Row]:
-    """How the rows of a dataset are read, and its first row."""
+    """Settle how a dataset's rows are read; also returns the first row."""
     if ranked not in ("best_vs_worst", "all"):
         raise UserError(
             "`ranked` must be 'best_vs_worst' or 'all'. Received: "
@@ -165,11 +165,11 @@ def each_record(
     first: int = 0,
     settled: tuple[layouts.Form, Row] | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """(row number, record) one by one; see `normalize_records`.
+    """Yield (row number, record); see `normalize_records`.
 
-    What happened on the way is written into the report; its `rows` are left
-    to the caller. `first` is the number of the first row, and `settled` what
-    `settle_form` gave for row 0.
+    Fills in the report, except its `rows`, which are left to the caller.
+    `first` is the number of the first row, and `settled` what `settle_form`
+    returned for row 0.
     """
     judged: set[str] = set()
     for number, row in enumerate(rows, first):
@@ -243,7 +243,7 @@ def _renamed(
 
 
 def _check_references(row: Row, given: list[str]) -> None:
-    """Raise where one of the two reference log-probs is there alone."""
+    """Raise if only one of the two reference log-probs is given."""
     if len(given) == 1:
         missing = next(name for name in REFERENCE_COLUMNS if name not in given)
         raise RowError(
@@ -255,7 +255,7 @@ def _check_references(row: Row, given: list[str]) -> None:
 
 
 def _numbers_of(row: Row) -> set[str]:
-    """Columns of numbers that every layout reads; scores come in twos."""
+    """Numeric columns that every layout reads; scores only in pairs."""
     pairs = [names for names in SCORE_COLUMNS if {*names} <= set(row)]
     return {*EXTRA_FIELDS, *(name for names in pairs for name in names)}
 

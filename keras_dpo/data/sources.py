@@ -1,4 +1,4 @@
-"""Where rows come from: files, hubs and other libraries' datasets."""
+"""Sources of rows: files, hubs and other libraries' datasets."""
 
 import contextlib
 import csv
@@ -24,7 +24,7 @@ from keras_dpo.errors import UserError
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")
 ROWS_AT_ONCE = 1024
-# Ends of lines as CSV knows them; text has more, such as U+2028.
+# Line endings of CSV; `str.splitlines` has more, such as U+2028.
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 PLAIN = {int, float, bool, str, type(None)}
 
@@ -33,11 +33,11 @@ class Rows:
     """Rows read one by one, each time from the first.
 
     Args:
-        read: Begins to read.
-        name: What messages call the source.
-        count: How many there are, where that is known without reading.
-        is_endless: Whether they never end, where that is known.
-        splits: What a split of theirs may be called.
+        read: Starts to read, and returns the rows.
+        name: Name of the source in messages.
+        count: Number of rows, if known without reading.
+        is_endless: Whether they are known never to end.
+        splits: Names that a split of them may have.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ def read_rows(source: Any, split: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         source: See `open_rows`.
-        split: Such as `"train"` or `"train[:10%]"`; for files too.
+        split: Split, also of files, such as `"train"` or `"train[:10%]"`.
 
     Raises:
         ValueError: The source is empty, or cannot be read.
@@ -86,7 +86,7 @@ def read_rows(source: Any, split: str | None = None) -> list[dict[str, Any]]:
 def open_rows(
     source: Any, split: str | None = None, streaming: bool = False
 ) -> Rows:
-    """The rows of a source, as plain Python data, read when they are needed.
+    """Open the rows of a source, as plain Python data, to be read lazily.
 
     A json file, and an iterator that is sliced, are held in memory; all else
     is read row by row.
@@ -96,10 +96,10 @@ def open_rows(
             file, or to a `datasets` directory; the name of a dataset on the
             Hugging Face hub; `"tfds:NAME"`; a `datasets.Dataset`; a TFDS
             builder; a `tf.data` or grain dataset of mappings.
-        split: Such as `"train"` or `"train[:10%]"`; for files too, whose rows
-            are all of the split `"train"`.
-        streaming: Whether a dataset of the hub is read over the network as it
-            is needed, not downloaded before.
+        split: Split to read, such as `"train"` or `"train[:10%]"`; all rows
+            of a file are of the split `"train"`.
+        streaming: Whether to stream a hub dataset over the network instead of
+            downloading it first.
 
     Raises:
         ValueError: The source cannot be read.
@@ -118,7 +118,7 @@ def open_rows(
             f"{', '.join(f'data[{key!r}]' for key in source)}."
         )
     if hasattr(source, "as_numpy_iterator"):
-        # TensorFlow's number for infinite.
+        # TensorFlow's `INFINITE_CARDINALITY`.
         is_endless = int(source.cardinality()) == -1
         read = source.as_numpy_iterator
         return _slice(Rows(read, name, is_endless=is_endless), split)
@@ -132,7 +132,7 @@ def open_rows(
 
 
 def has_length(source: Any) -> bool:
-    """Whether a source is known to end: a path, or what has a length."""
+    """Whether a source is known to end: a path, or one with a length."""
     if isinstance(source, str | os.PathLike):
         return True
     try:
@@ -146,7 +146,7 @@ def _rows_of(source: Iterable[Any], name: str) -> Rows:
     count = len(source) if isinstance(source, Sized) else None
     is_endless = count == sys.maxsize
     own = getattr(source, "split", None)
-    # A plain list may be sliced under the name that everything has.
+    # A plain list may be sliced under the default name of a split.
     splits = ("train",) if own is None else ("train", str(own))
     return Rows(
         lambda: source,
@@ -253,7 +253,7 @@ def _readable_parquet(name: str) -> Iterator[None]:
 
 
 def _read_lines(file: pathlib.Path) -> Iterator[str]:
-    """Lines with their ends; only a newline ends a line."""
+    """Lines with their endings, split at newlines only."""
     done = 0
     with open(file, "rb") as lines:
         for line in lines:
@@ -312,10 +312,10 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _slice(rows: Rows, split: str | None) -> Rows:
-    """The part of the rows that `"train[:10%]"` names, as `datasets` does.
+    """Slice rows by a split such as `"train[:10%]"`, as `datasets` does.
 
     Raises:
-        ValueError: They have no such split, or it cannot be read.
+        ValueError: There is no such split, or it cannot be parsed.
     """
     if not split:
         return rows
@@ -349,7 +349,7 @@ def _slice(rows: Rows, split: str | None) -> Rows:
 
 
 def _names_of(split: str, known: Sequence[str], name: str) -> list[str]:
-    """Names of the splits that `"train[:5%]+train[9%:]"` takes parts of."""
+    """Names of the splits in one such as `"train[:5%]+train[9%:]"`."""
     names = [part.split("[")[0].strip() for part in split.split("+")]
     for missing in set(names) - set(known):
         raise UserError(
@@ -375,7 +375,7 @@ def _tfds_rows(
 
 
 def _plain(value: Any) -> Any:
-    """Bytes to text, arrays to lists, columns of messages to messages."""
+    """Convert bytes to text, arrays to lists, message columns to messages."""
     if isinstance(value, bytes | np.bytes_):
         return value.decode("utf-8", errors="replace")
     if isinstance(value, Mapping):
@@ -398,7 +398,7 @@ def _plain(value: Any) -> Any:
 
 
 def _columns(columns: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Messages as columns, all of one length -> messages, with every key."""
+    """Messages from columns of equal length, with every key; else None."""
     lists = [value for value in columns.values() if isinstance(value, list)]
     if len(lists) < len(columns) or len(set(map(len, lists))) > 1:
         return None

@@ -1,4 +1,4 @@
-"""`PreferenceStream`: pairs of a source that is not read to its end."""
+"""`PreferenceStream`: pairs of a source that is read while training."""
 
 import copy
 import dataclasses
@@ -19,38 +19,38 @@ from keras_dpo.data.tokenized import Tokenized
 from keras_dpo.errors import UserError
 from keras_dpo.utils.arrays import BLOCK, round_up
 
-# A row that is longer than all before it takes the next length: each is a
-# compilation, and so much longer.
+# Growth of row lengths: a row longer than all before it takes the next length,
+# which costs a compilation.
 LENGTH_GROWTH = 1.5
 STARTS_KEPT = 3
 
 
 class Start(NamedTuple):
-    """Where a window begins: a row of a pass through the source."""
+    """Start of a window: a pass through the source, and a row in it."""
 
     number: int
     row: int
 
 
 class PreferenceStream(PreferenceDataset):
-    """Preference pairs that are read as training comes to them.
+    """Preference pairs that are streamed while training.
 
     The source may be endless, or larger than the disk. Windows of 64 batches
     are read, tokenised and shuffled, one at a time; a source that ends is read
-    again. What the limits allow sets the shapes of batches, for nobody knows
-    what is still to come.
+    again. Batch shapes follow from the preprocessor's limits, since the lengths
+    of later pairs are unknown.
 
     Args:
-        source: What `data.open_rows` opens. An iterator can be read only
-            once, and not from where a backup stands.
-        preprocessor: A `DPOPreprocessor`; its limits hold for rows of token
+        source: Any source that `data.sources.open_rows` opens. An iterator can
+            be read only once, so that a backup cannot resume it.
+        preprocessor: A `DPOPreprocessor`; its limits apply to rows of token
             ids, too.
         batch_size: Pairs per batch.
-        steps_per_epoch: Batches of an epoch, which walks on through the
+        steps_per_epoch: Batches per epoch; each epoch continues through the
             source.
         shuffle: Whether pairs are shuffled within a window.
-        seed: Of the order.
-        split: Such as `"train[:10%]"`.
+        seed: Random seed for shuffling.
+        split: Split to read, such as `"train[:10%]"`.
         column_map: Our field name -> the data's column name.
         verbose: Whether to print what was found in the first window.
 
@@ -82,7 +82,7 @@ class PreferenceStream(PreferenceDataset):
             limits.max_length - (limits.max_prompt_length or 1)
         )
         self._window = 0
-        # Called with every window.
+        # Check to run on every window.
         self._check: Callable[[Any], None] | None = None
         super().__init__(
             open_rows(source, split, streaming=True),
@@ -104,7 +104,7 @@ class PreferenceStream(PreferenceDataset):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prompt and completion that may come."""
+        """Maximum tokens of a prompt and completion."""
         return self.preprocessor.max_length
 
     @property
@@ -128,7 +128,7 @@ class PreferenceStream(PreferenceDataset):
         return super()._order(number)
 
     def _enter(self, number: int) -> None:
-        """Bring up a window's pairs."""
+        """Load a window's pairs."""
         if number == self._window:
             return
         self._window, self._cached_order = number, None
@@ -142,7 +142,7 @@ class PreferenceStream(PreferenceDataset):
             self._check(self)
 
     def _check_lengths(self, pairs: TokenizedPairs) -> None:
-        """Raise where rows of token ids are over the limits."""
+        """Raise if rows of token ids are over the limits."""
         if not len(pairs):
             return
         for name, lengths, limit in (
@@ -167,7 +167,7 @@ class PreferenceStream(PreferenceDataset):
         self._check = raise_if_unfit
 
     def packed(self, packing: Packing, epochs: int = 1) -> "PreferenceDataset":
-        """The same pairs in rows, of lengths for what the limits allow."""
+        """A copy packed in rows, of lengths for all that the limits allow."""
         other = self.longest_completion
         if not packing.share_prompt:
             other = self.longest_sequence
@@ -185,29 +185,29 @@ class PreferenceStream(PreferenceDataset):
         return dataset
 
     def get_state(self) -> dict[str, Any]:
-        """Where the last windows begin in the source."""
+        """Positions in the source where the last windows begin."""
         starts = sorted(self._windows.starts.items())[-STARTS_KEPT:]
         return {"starts": [[number, *start] for number, start in starts]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from there, without tokenising what was before."""
+        """Resume from there, without tokenising earlier rows."""
         for number, *start in state["starts"]:
             self._windows.starts[number] = Start(*start)
 
 
 class _Windows:
-    """A stream's windows in order; this and the one before are kept."""
+    """A stream's windows in order; the last two are cached."""
 
     def __init__(self, stream: PreferenceStream, size: int) -> None:
         self._stream, self.size = stream, size
         self.starts = {0: Start(0, 0)}
         self._kept: dict[int, tuple[TokenizedPairs, list[int]]] = {}
-        # The window that is read next, once reading has begun.
+        # The next window to read, once reading has begun.
         self._next: int | None = None
         self._pairs: Iterator[tuple[int, Tokenized]] = iter(())
 
     def get(self, number: int) -> tuple[TokenizedPairs, list[int]]:
-        """A window's pairs, and the rows that they come from."""
+        """A window's pairs, and the numbers of their rows."""
         if number in self._kept:
             return self._kept[number]
         if number != self._next:
@@ -244,7 +244,7 @@ class _Windows:
                 self._place = Start(self._place.number, found[0] + 1)
                 yield found[1]
             elif not rows and self._place.number > begun:
-                # A whole pass, and not one pair.
+                # A whole pass without a single pair.
                 return
             elif rows and self._stream._reader.rows.is_iterator:
                 # A last, shorter window.
@@ -268,7 +268,7 @@ def make_dataset(
     shuffle: bool,
     steps: int | None = None,
 ) -> PreferenceDataset:
-    """The dataset itself, or one made of what `fit` was given."""
+    """Return the source if it is a dataset, or else make one of it."""
     if isinstance(source, PreferenceDataset):
         if batch_size not in (None, source.batch_size):
             raise UserError(
@@ -299,7 +299,7 @@ def make_dataset(
 
 
 def need_an_end(dataset: PreferenceDataset, why: str) -> None:
-    """Raise where a dataset is a stream."""
+    """Raise if a dataset is a stream."""
     if isinstance(dataset, PreferenceStream):
         raise UserError(
             f"{why}, and a stream is not read to its end. Pass a "

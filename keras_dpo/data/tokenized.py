@@ -9,15 +9,15 @@ class Tokenized(NamedTuple):
     """One record as token ids.
 
     Args:
-        prompt_ids: With BOS and the template's opening of the answer.
-        chosen_ids: With its end token, unless it was cut.
-        rejected_ids: Likewise.
-        chosen_scored: False where a user turn inside the completion stands;
-            None: all is scored.
-        rejected_scored: Likewise.
-        extras: weight, margin and reference log-probs, where given.
-        notes: What was done to it: names of counts.
-        dropped: Why it must be dropped, or None.
+        prompt_ids: Prompt with BOS and the template's opening of the answer.
+        chosen_ids: Chosen completion with its end token, unless truncated.
+        rejected_ids: Rejected completion, likewise.
+        chosen_scored: False at tokens inside the completion that are not the
+            assistant's; None if all are scored.
+        rejected_scored: Likewise for the rejected completion.
+        extras: weight, margin and reference log-probs, if given.
+        notes: Changes made to the record, counted by name in the report.
+        dropped: Reason to drop the record, or None.
     """
 
     prompt_ids: list[int]

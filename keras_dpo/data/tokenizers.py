@@ -7,23 +7,23 @@ import keras
 
 from keras_dpo.errors import UserError, UserTypeError
 
-# Keras-Hub's Llama3Tokenizer wants these in every vocabulary; `save_policy`
-# adds them, beyond the embedding, where they are not the model's own.
+# Keras-Hub's Llama3Tokenizer requires these in every vocabulary; `save_policy`
+# adds them, beyond the embedding, if they are not the model's own.
 LLAMA3_DEFAULT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>")
 
 
 class TextTokenizer:
-    """What the preprocessor asks of a tokenizer.
+    """Tokenizer interface that the preprocessor uses.
 
     Attributes:
-        name: For the start-up message.
+        name: Name in the start-up message.
         vocabulary_size: Number of ids.
-        bos_id: Id that starts every sequence; None where the family has none.
+        bos_id: Id that starts every sequence; None if the family has none.
         eos_id: Id that ends a completion.
         control_tokens: Text -> id of the tokens that only a template may
             write.
         chat_template: Jinja source, or None.
-        tool_template: That for conversations with tools, where it is another.
+        tool_template: Template for conversations with tools, if different.
         special_texts: Names such as `bos_token` -> text, for templates.
     """
 
@@ -41,11 +41,11 @@ class TextTokenizer:
         raise NotImplementedError
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; control tokens are read, none is added."""
+        """Ids of each text; control tokens are parsed, none is added."""
         raise NotImplementedError
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is a control token."""
+        """Ids of a text, with control tokens treated as plain text."""
         raise NotImplementedError
 
     def decode(self, ids: list[int], skip_control: bool = True) -> str:
@@ -89,7 +89,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         }
         template = tokenizer.chat_template
         if isinstance(template, dict):
-            # As transformers chooses among templates with names.
+            # Choose among named templates as transformers does.
             self.tool_template = template.get("tool_use")
             template = template.get("default")
         self.chat_template = template if isinstance(template, str) else None
@@ -118,7 +118,7 @@ class HuggingFaceTokenizer(TextTokenizer):
         return self.tokenizer.decode(ids, skip_special_tokens=skip_control)
 
     def get_config(self) -> dict[str, Any]:
-        """Everything needed to make this tokenizer again."""
+        """Everything needed to recreate this tokenizer."""
         return {
             "json": self.tokenizer.backend_tokenizer.to_str(),
             "special_texts": self.special_texts,
@@ -141,8 +141,8 @@ class HuggingFaceTokenizer(TextTokenizer):
 class KerasHubTokenizer(TextTokenizer):
     """A `keras_hub.tokenizers.Tokenizer`.
 
-    Its start token begins every sequence, because `generate` always puts it
-    there (Keras-Hub 0.32).
+    Its start token begins every sequence, because `generate` always adds it
+    (Keras-Hub 0.32).
     """
 
     def __init__(self, tokenizer: keras.layers.Layer) -> None:
@@ -201,7 +201,7 @@ class KerasHubTokenizer(TextTokenizer):
         return [[int(token) for token in ids] for ids in encoded]
 
     def encode_plain(self, text: str) -> list[int]:
-        # No half of a control token's text is one.
+        # Neither half of a control token's text is a control token.
         halves = [half for half in (text[:1], text[1:]) if half]
         return [token for ids in self.encode(halves) for token in ids]
 
@@ -217,7 +217,7 @@ def as_text_tokenizer(tokenizer: Any) -> TextTokenizer:
     """Wrap a tokenizer of either library.
 
     Raises:
-        TypeError: It is of neither.
+        TypeError: The tokenizer is of neither.
     """
     if isinstance(tokenizer, TextTokenizer):
         return tokenizer

@@ -1,4 +1,4 @@
-"""Cells of a row -> texts, messages, tools and numbers, or an error."""
+"""Parses cells of a row into texts, messages, tools and numbers."""
 
 import json
 import math
@@ -17,9 +17,9 @@ ROLES = {
     "bot": "assistant",
     "observation": "tool",
 }
-# Where a chat's first message may hold the system text.
+# Roles of a chat's first message that may hold the system text.
 SYSTEM_ROLES = ("system", "developer")
-# Two turns that agree in these are one turn; other keys are notes about it.
+# Turns that agree in these keys are equal; other keys are annotations.
 TURN_KEYS = (
     "role",
     "content",
@@ -49,7 +49,7 @@ class TieError(UserError):
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell holds nothing: as if its column were not there."""
+    """Whether a cell is empty, as if its column were missing."""
     return value is None or value == "" or value == [] or value == {}
 
 
@@ -62,7 +62,7 @@ def text(row: Row, field: str) -> str:
 
 
 def finite_number(value: Any, field: str) -> float:
-    """A finite number, or its text; a boolean is none."""
+    """Parse a finite number, or its text; booleans are rejected."""
     number = _parsed_number(value)
     good = isinstance(number, int | float) and not isinstance(number, bool)
     if not good or not math.isfinite(number):
@@ -71,7 +71,7 @@ def finite_number(value: Any, field: str) -> float:
 
 
 def binary_choice(value: Any, field: str) -> int:
-    """0 or 1; a boolean is neither, for nobody says which of two it names."""
+    """Parse 0 or 1; booleans are rejected, since their meaning is ambiguous."""
     number = _parsed_number(value)
     if isinstance(number, bool) or number not in (0, 1):
         raise RowError(field, "0 or 1", value)
@@ -79,8 +79,7 @@ def binary_choice(value: Any, field: str) -> int:
 
 
 def _parsed_number(value: Any) -> Any:
-    """The number that a text spells, for cells of CSV are texts; all else as
-    it is."""
+    """Parse numeric text, as in CSV cells; return all else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -90,7 +89,7 @@ def _parsed_number(value: Any) -> Any:
 
 
 def parsed_json(value: str, field: str) -> Any:
-    """The value of a cell that holds JSON."""
+    """Parse a cell that holds JSON."""
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -111,7 +110,7 @@ def is_messages(value: Any) -> bool:
 
 
 def messages(value: Any, field: str) -> list[Message]:
-    """A message or list of messages, with all that they hold."""
+    """Normalize a message or list of messages, keeping all their keys."""
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
         raise RowError(field, "a list of messages", value)
@@ -169,7 +168,7 @@ def _joined_parts(parts: list[Any], field: str) -> str:
 def without_nulls(value: Any) -> Any:
     """The value without keys that are null.
 
-    Arrow gives every mapping of a column the keys of all of them.
+    Arrow gives every mapping of a column the union of their keys.
     """
     if isinstance(value, Mapping):
         return {
@@ -202,7 +201,7 @@ def tools(value: Any, field: str) -> list[Message]:
 
 
 def same_turn(one: Message, other: Message) -> bool:
-    """Whether two messages say the same."""
+    """Whether two messages agree in `TURN_KEYS`."""
     return all(one.get(key) == other.get(key) for key in TURN_KEYS)
 
 
@@ -213,7 +212,7 @@ def starts_with(turns: list[Message], start: list[Message]) -> bool:
 
 
 def common_turns(chosen: list[Message], rejected: list[Message]) -> int:
-    """Leading turns in common, up to the last user turn among them."""
+    """Number of common leading turns, up to the last user turn."""
     size = 0
     while size < min(len(chosen), len(rejected)) - 1 and same_turn(
         chosen[size], rejected[size]

@@ -1,6 +1,6 @@
 """Device meshes, several processes, and locks between runs.
 
-Imports `utils` and `errors`, and never data or models of ours.
+Imports only `utils` and `errors`, never our data or models.
 """
 
 from keras_dpo.distribution.processes import (

@@ -1,4 +1,4 @@
-"""`locked`: one run at a time writes to a directory."""
+"""`locked`: an exclusive lock on a directory, held by one run at a time."""
 
 import contextlib
 import datetime
@@ -18,7 +18,7 @@ from keras_dpo.errors import UserError
 from keras_dpo.utils.messages import say
 
 LOCK_FILE = ".lock"
-# Of file systems that know no locks.
+# Errors of file systems that do not support locks.
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -26,20 +26,20 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 def locked(
     directory: str | os.PathLike[str], what: str, wait: bool = False
 ) -> Iterator[None]:
-    """Keep every other run out of a directory.
+    """Acquire an exclusive lock on a directory for the context.
 
-    The operating system holds the lock (`flock`), so that it ends with the
-    process, however that ends; what the file says is for the message alone.
-    Nothing is left behind. Another thread or run of this process is kept out,
-    too. Of several processes of one run the first takes it for all.
+    The operating system holds the lock (`flock`), so it is released when the
+    process ends, however it ends; the file's content is only for messages. The
+    file is removed on release. Other threads and runs of this process are
+    excluded, too. The first of a run's processes acquires it for all.
 
     Args:
-        directory: It is made if it is not there.
-        what: What needs it, for the message: "Training", "Backups".
-        wait: Whether to wait for the other run, instead of an error.
+        directory: Created if it does not exist.
+        what: Holder named in messages: "Training", "TrainingBackup".
+        wait: Whether to wait for the other run instead of raising.
 
     Raises:
-        ValueError: Another run is in it (in all processes).
+        ValueError: Another run holds the lock (raised in all processes).
     """
     path = pathlib.Path(directory).expanduser().absolute()
     with contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def _locked_file(
     lock = filelock.FileLock(
         path,
         thread_local=False,
-        # A soft lock outlives a process that is killed.
+        # A soft lock would outlive a killed process.
         fallback_to_soft=False,
         on_acquired=_write_holder,
     )
@@ -86,8 +86,8 @@ def _locked_file(
         yield
     finally:
         if held:
-            # While it is held: who opened this file before and gets the lock
-            # after it sees that the file is gone, and opens the next one.
+            # Unlinked while held: a waiter that had opened this file and then
+            # gets the lock sees that the file is gone, and opens a new one.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             lock.release()
@@ -114,7 +114,7 @@ def _wait(lock: filelock.BaseFileLock, path: pathlib.Path, what: str) -> None:
     try:
         lock.acquire()
     except RuntimeError as error:
-        # The library sees that this thread would wait for itself.
+        # filelock detects that this thread would deadlock with itself.
         raise UserError(
             f"{what} needs {path.parent} for itself, and this thread holds "
             f"it already. Received: {_holder(path)}. Choose another directory."
@@ -134,7 +134,7 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _holder(path: pathlib.Path) -> str:
-    """Who holds a lock, as far as its file says."""
+    """Description of a lock's holder, as recorded in its file."""
     try:
         holder: dict[str, Any] = json.loads(path.read_text())
         return (
@@ -142,5 +142,5 @@ def _holder(path: pathlib.Path) -> str:
             f"{holder['since']}"
         )
     except (OSError, ValueError):
-        # It ends or begins at this moment.
+        # The holder is just starting or ending.
         return "a process that has not said who it is"

@@ -1,4 +1,4 @@
-"""Device meshes: what `keras.distribution` leaves to the caller."""
+"""Meshes and multi-process helpers missing from `keras.distribution`."""
 
 import contextlib
 import hashlib
@@ -21,10 +21,11 @@ from keras_dpo.errors import UserError
 def set_mesh(
     mesh: dict[str, int] | str, shard_parameters: bool = True
 ) -> MeshDistribution:
-    """Spread all that is built from now on over a mesh of devices.
+    """Shard everything built from now on over a mesh of devices.
 
     Args:
-        mesh: Such as `{"data": 4, "model": 2}` or `"data=4,model=2"`.
+        mesh: Axis sizes, such as `{"data": 4, "model": 2}` or
+            `"data=4,model=2"`.
         shard_parameters: See `MeshDistribution`.
 
     Raises:
@@ -37,27 +38,28 @@ def set_mesh(
 
 
 def simulate_devices(number: int) -> None:
-    """As many CPU devices; nothing if JAX has begun with its own."""
-    # Too late: what JAX has decides.
+    """Simulate CPU devices; a no-op if JAX is already initialized."""
+    # Raised if it is too late: JAX keeps the devices it has.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", number)
         jax.config.update("jax_platforms", "cpu")
 
 
 def start_processes(method: str = "auto") -> None:
-    """Meet the other processes of a run; call it before anything is built.
+    """Initialize multi-process JAX; call it before anything is built.
 
-    Processes that have met already (Ray Train) do not meet again. Where no seed
-    is set, all take one: random weights and dropout are the same everywhere.
+    Skipped if JAX is already initialized for it (Ray Train). If no seed is set,
+    one is broadcast, so random weights and dropout are the same everywhere.
 
     Args:
-        method: `"auto"` looks at the environment: `JAX_COORDINATOR_ADDRESS`
-            with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (Kubeflow), Keras'
-            `KERAS_DISTRIBUTION_*`, then what JAX detects. Else the name of the
-            engine that JAX should ask, such as `"slurm"`, `"mpi4py"`, `"k8s"`.
+        method: `"auto"` reads the environment: `JAX_COORDINATOR_ADDRESS` with
+            `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (Kubeflow), Keras'
+            `KERAS_DISTRIBUTION_*`, then what JAX detects. Otherwise a cluster
+            type that JAX detects, such as `"slurm"`, `"mpi4py"`, `"k8s"`.
 
     Raises:
-        ValueError: The variables are incomplete.
+        ValueError: The environment variables are incomplete, or the cluster
+            is not detected.
     """
     if not jax.distributed.is_initialized():
         _meet(method.lower())
@@ -84,7 +86,7 @@ def _meet(method: str) -> None:
         try:
             keras.distribution.initialize()
         except ValueError as error:
-            # JAX found no engine: there is only this process.
+            # JAX detected no cluster: this is the only process.
             if "coordinator_address should be defined" not in str(error):
                 raise
     else:
@@ -99,25 +101,25 @@ def _meet(method: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def wait_for_processes(place: str) -> None:
-    """Wait until every process has come to a place."""
+    """Block until every process has reached the named place."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)
 
 
 def on_any_process(flags: np.ndarray) -> np.ndarray:
-    """Which of some flags is set on at least one process."""
+    """Element-wise logical OR of flags over all processes."""
     if jax.process_count() == 1:
         return flags
     return np.any(multihost_utils.process_allgather(flags), axis=0)
 
 
 def to_host(value: Any) -> np.ndarray:
-    """An array's values, also where other processes hold part of it."""
+    """Copy an array to the host, gathering shards of other processes."""
     if isinstance(value, jax.Array) and not (
         value.is_fully_addressable or value.is_fully_replicated
     ):
@@ -126,14 +128,14 @@ def to_host(value: Any) -> np.ndarray:
 
 
 class BatchShare(NamedTuple):
-    """Which of the data-parallel devices' parts of a batch."""
+    """A range of the shards of a batch, one per data-parallel device."""
 
     first: int
     last: int
     devices: int
 
     def of(self, size: int) -> slice:
-        """Of so many rows, a multiple of the devices."""
+        """The rows of this share; `size` is a multiple of `devices`."""
         each = size // self.devices
         return slice(self.first * each, self.last * each)
 
@@ -142,7 +144,7 @@ WHOLE_BATCH = BatchShare(0, 1, 1)
 
 
 def own_share() -> BatchShare:
-    """What this process's devices hold of a batch."""
+    """The share of a batch that this process's devices hold."""
     distribution = keras.distribution.distribution()
     if distribution is None or jax.process_count() == 1:
         return WHOLE_BATCH
@@ -154,10 +156,10 @@ def own_share() -> BatchShare:
 
 
 def of_all_processes(value: Any) -> list[Any]:
-    """Every process's value, of what JSON holds, as JSON gives it back."""
+    """Gather a JSON-serializable value from every process."""
     text = np.frombuffer(json.dumps(value).encode(), "uint8")
     sizes = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
-    # Few sizes: each is compiled.
+    # Padded to few sizes, since each one is compiled.
     padded = np.zeros(2 ** int(sizes.max()).bit_length(), "uint8")
     padded[: len(text)] = text
     texts = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
@@ -168,7 +170,7 @@ def of_all_processes(value: Any) -> list[Any]:
 
 
 def check_processes_share_a_mesh() -> None:
-    """Raise where each of several processes would train alone."""
+    """Raise if several processes would each train alone."""
     if jax.process_count() > 1 and keras.distribution.distribution() is None:
         raise UserError(
             f"{jax.process_count()} processes have met, and there is no mesh: "
@@ -178,10 +180,10 @@ def check_processes_share_a_mesh() -> None:
 
 
 def check_processes_agree(values: dict[str, Any]) -> None:
-    """Raise where processes would train on different things.
+    """Raise if processes disagree on the given values.
 
     Args:
-        values: What must be the same everywhere, by name.
+        values: Values that must be equal on all processes, by name.
     """
     for name, value in values.items():
         digest = hashlib.blake2b(repr(value).encode(), digest_size=4).digest()
@@ -196,7 +198,7 @@ def check_processes_agree(values: dict[str, Any]) -> None:
 
 
 def data_parallel_size() -> int:
-    """Devices that the pairs of a batch are spread over; 1 without a mesh."""
+    """Number of devices that a batch is sharded over; 1 without a mesh."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return 1
@@ -206,7 +208,7 @@ def data_parallel_size() -> int:
 
 
 def distribute_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Put a batch on the devices as `fit` does."""
+    """Shard a batch over the devices as `fit` does."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return jax.tree.map(jax.numpy.asarray, batch)
@@ -221,7 +223,7 @@ def distribute_batch(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole_on_devices(arrays: Any) -> Any:
-    """Every device holds them all, so that every process can read them."""
+    """Replicate arrays on all devices, so every process can read them."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return arrays
@@ -232,7 +234,7 @@ def whole_on_devices(arrays: Any) -> Any:
 
 
 def rows_on_devices(array: Any) -> Any:
-    """An array whose rows lie where the batch's do."""
+    """Constrain an array's rows to be sharded like the batch."""
     size = data_parallel_size()
     if size == 1 or array.shape[0] % size:
         return array
@@ -250,14 +252,14 @@ def rows_on_devices(array: Any) -> Any:
 def over_rows(
     function: Callable[..., Any], num_shared: int = 0
 ) -> Callable[..., Any]:
-    """Run a function on each device's own rows.
+    """Map a function over each device's own rows with `shard_map`.
 
-    Without it a loop whose length depends on a row's content would run in
+    Otherwise a loop whose length depends on the content of a row would run in
     lockstep on all devices.
 
     Args:
         function: Takes and returns arrays with rows as their first axis.
-        num_shared: Leading arguments that every device sees whole, such as a
+        num_shared: Number of leading arguments that are replicated, such as a
             kernel; their gradients are summed over the devices once.
     """
     if data_parallel_size() == 1:

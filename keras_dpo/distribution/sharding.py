@@ -1,8 +1,8 @@
-"""Where a policy's variables lie on a mesh of devices.
+"""Sharding of a policy's variables over a mesh of devices.
 
-Keras-Hub has layout maps for four families, and they raise where a dimension
-does not divide. Its decoders name their kernels alike, so one list of rules
-serves all; what does not divide is split along another axis, or whole.
+Keras-Hub has layout maps for four families, and they raise if a dimension does
+not divide. Its decoders name their kernels alike, so one list of rules serves
+all; a dimension that does not divide is not split.
 """
 
 import math
@@ -15,8 +15,8 @@ import keras
 from keras_dpo.errors import UserError
 
 DATA, MODEL = "data", "model"
-# Kernel's path -> the axis that tensor parallelism splits: heads, the inner
-# width of the feed-forward layers, the vocabulary. Column-parallel first, then
+# Path of a kernel -> axis that tensor parallelism splits: heads, the inner
+# width of feed-forward layers, the vocabulary. Column-parallel first, then
 # row-parallel (Megatron-LM, https://arxiv.org/abs/1909.08053, section 3).
 MODEL_AXES = (
     # Gemma's kernels are (heads, hidden, head).
@@ -34,17 +34,17 @@ MODEL_AXES = (
     (r"token_embedding/embeddings$", 0),
     (r"token_embedding/reverse_embeddings$", 1),
 )
-# Smaller variables stay whole: gathering them costs more than it saves.
+# Smaller variables are not sharded: gathering costs more than it saves.
 LEAST_SPLIT = 1024
 
 
 class MeshDistribution(keras.distribution.ModelParallel):
-    """Pairs over `data`; kernels over `model` and, fully sharded, `data`.
+    """Shards pairs over `data`, and kernels over `model` and optionally `data`.
 
-    Fully sharded means that parameters, optimizer state and snapshot are split
-    over the data axis too (FSDP, [Zhao et al., 2023](
+    Fully sharded, the default, means that parameters, optimizer state and
+    snapshot are sharded over the data axis, too (FSDP, [Zhao et al., 2023](
     https://arxiv.org/abs/2304.11277); ZeRO stage 3), and gathered layer by
-    layer as they are used. Set it before anything is built:
+    layer when used. Set it before anything is built:
 
     ```python
     keras_dpo.distribution.set_mesh({"data": 4, "model": 2})
@@ -52,9 +52,9 @@ class MeshDistribution(keras.distribution.ModelParallel):
     ```
 
     Args:
-        mesh: Devices along `"data"` and, if wanted, `"model"`.
-        shard_parameters: Whether parameters are split over the data axis.
-        devices: Names of the devices; all if left out.
+        mesh: Number of devices along `"data"` and, optionally, `"model"`.
+        shard_parameters: Whether to shard parameters over the data axis.
+        devices: Names of the devices; defaults to all.
 
     Raises:
         ValueError: The mesh does not fit the devices.
@@ -102,7 +102,7 @@ class MeshDistribution(keras.distribution.ModelParallel):
     def axes_of(
         self, path: str, shape: tuple[int, ...]
     ) -> tuple[str | None, ...]:
-        """The mesh axis that each axis of a variable is split over."""
+        """The mesh axis, or None, that shards each axis of a variable."""
         sizes = dict(
             zip(
                 self.device_mesh.axis_names,
@@ -126,17 +126,17 @@ class MeshDistribution(keras.distribution.ModelParallel):
                 if axes[i] is None and length % sizes[DATA] == 0
             ]
             if free and math.prod(shape) >= LEAST_SPLIT:
-                # Rather not the vocabulary: every device would look up the
-                # tokens of all, in its part.
+                # Avoid the vocabulary axis: every device would have to look
+                # up the tokens of all devices in its shard.
                 axes[max(free, key=lambda i: (i != axis, shape[i]))] = DATA
         return tuple(axes)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=4,model=2"` -> `{"data": 4, "model": 2}`.
+    """Parse `"data=4,model=2"` into `{"data": 4, "model": 2}`.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The text is malformed.
     """
     mesh = {}
     for part in text.split(","):
@@ -150,7 +150,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def check_on_mesh(policy: keras.Model) -> None:
-    """Raise where a policy was built before the distribution was set."""
+    """Raise if a policy was built before the distribution was set."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return
@@ -166,7 +166,7 @@ def check_on_mesh(policy: keras.Model) -> None:
 
 
 def sharding_table(variables: list[keras.Variable]) -> list[str]:
-    """How variables are split, and the bytes that lie on each device."""
+    """Table of how variables are sharded, with MiB per device."""
     groups: Counter[tuple[str, ...]] = Counter()
     sizes: Counter[tuple[str, ...]] = Counter()
     for variable in variables:

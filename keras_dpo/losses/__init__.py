@@ -106,8 +106,7 @@ def get(identifier: LossLike, **options: Any) -> PreferenceLoss:
         **options: Options of a named loss.
 
     Raises:
-        ValueError: The name is unknown, or an option is one that the loss
-            does not read.
+        ValueError: The name is unknown, or the loss does not read an option.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What every preference loss is made of."""
+"""Base classes and building blocks of the preference losses."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -85,7 +85,7 @@ def divergence_score(
 
 
 def discount_excess_tokens(pair: PairLogProbs, ld_alpha: float) -> PairLogProbs:
-    """Weigh tokens beyond the length of the shorter completion by `ld_alpha`.
+    """Weight tokens beyond the length of the shorter completion by `ld_alpha`.
 
     Reference: [Liu et al., 2024](https://arxiv.org/abs/2409.06411), eq. 10.
     """
@@ -96,7 +96,7 @@ def discount_excess_tokens(pair: PairLogProbs, ld_alpha: float) -> PairLogProbs:
 
 
 def wpo_weights(policy: PairLogProbs) -> Array:
-    """How likely the policy itself would write each pair, `(pairs,)`.
+    """Weights of pairs by their likelihood under the policy, `(pairs,)`.
 
     The product over both completions of exp(mean over tokens of
     [log p_t - log sum_v p_v^2]), without gradient.
@@ -126,8 +126,7 @@ class PreferenceLoss(keras.losses.Loss):
             the rewards. Positive.
         ld_alpha: Weight in [0, 1] of tokens beyond the shorter completion's
             length, in policy and reference alike. None: all count fully.
-        wpo: Whether to weigh pairs by how likely the policy itself writes
-            them.
+        wpo: Whether to weight pairs by their likelihood under the policy.
 
     Example:
 
@@ -146,7 +145,7 @@ class PreferenceLoss(keras.losses.Loss):
     ld_alpha: float | None = dataclasses.field(default=None, kw_only=True)
     wpo: bool = dataclasses.field(default=False, kw_only=True)
 
-    # What a loss needs and does to a batch; facts of the class, no options.
+    # What a loss needs and does to a batch: facts of the class, not options.
     needs_reference = True
     averages_log_probs = False
     sorts_pairs = False
@@ -158,12 +157,12 @@ class PreferenceLoss(keras.losses.Loss):
 
     @property
     def needs_squared_probs(self) -> bool:
-        """Whether `policy.log_sum_squared_probs` must be there."""
+        """Whether `policy.log_sum_squared_probs` is required."""
         return self.wpo
 
     @property
     def needs_token_log_probs(self) -> bool:
-        """Whether sums of the reference's log-probs are not enough."""
+        """Whether the reference's log-probs are needed token by token."""
         return self.ld_alpha is not None
 
     @property
@@ -174,7 +173,7 @@ class PreferenceLoss(keras.losses.Loss):
     def update_state(
         self, policy: PairLogProbs, reference: PairLogProbs
     ) -> None:
-        """Bring `variables` up to date after a training step."""
+        """Update `variables` after a training step."""
 
     def per_pair(self, policy: PairLogProbs, reference: PairLogProbs) -> Array:
         """The loss of every pair, `(pairs,)`."""
@@ -188,7 +187,7 @@ class PreferenceLoss(keras.losses.Loss):
         return values * wpo_weights(policy) if self.wpo else values
 
     def formula(self, policy: PairLogProbs, reference: PairLogProbs) -> Array:
-        """The bare value of every pair, `(pairs,)`; for subclasses."""
+        """The bare formula of every pair, `(pairs,)`; for subclasses."""
         raise NotImplementedError
 
     def rewards(self, policy: PairLogProbs, reference: PairLogProbs) -> Array:
@@ -253,7 +252,7 @@ def _check_options(loss: PreferenceLoss) -> None:
         value = options["label_smoothing"]
         check("label_smoothing", 0 <= value < below, f"in [0, {below})")
     if "f_divergence" in options:
-        # Raises on a name it does not know; runs nothing.
+        # Raises on an unknown name; computes nothing.
         jax.eval_shape(
             lambda x: divergence_score(x, options["f_divergence"]),
             jax.ShapeDtypeStruct((), "float32"),

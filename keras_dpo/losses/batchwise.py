@@ -1,4 +1,4 @@
-"""Losses that look at the batch, or carry a running mean between steps.
+"""Losses that couple a batch's pairs, or keep a running mean over steps.
 
 They see the *global* batch of a mesh. Under gradient accumulation they see
 one micro-batch at a time, so accumulation changes their value.
@@ -22,7 +22,7 @@ from keras_dpo.losses.pairwise import loss_class, register, smoothed_log_loss
 
 
 def is_real_pair(pair: PairLogProbs) -> Array:
-    """False for the empty rows that fill up a short batch, `(pairs,)`."""
+    """False for the empty rows that pad a short batch, `(pairs,)`."""
     return jnp.min(pair.lengths, axis=-1) > 0
 
 
@@ -105,7 +105,7 @@ class _RunningMean:
         batch_mean = jnp.sum(values * real) / jnp.maximum(jnp.sum(real), 1.0)
         batch_mean = jax.lax.stop_gradient(batch_mean)
         moved = self.momentum * mean + (1.0 - self.momentum) * batch_mean
-        # A micro-batch of a short batch can hold empty rows alone.
+        # A micro-batch of a short batch can hold only empty rows.
         mean.assign(jnp.where(jnp.any(real), moved, mean.value))
 
 
@@ -205,16 +205,16 @@ class BetaDPO(_RunningMean, PreferenceLoss):
 class SFT(PreferenceLoss):
     """Negative log-likelihood per chosen token of the whole batch.
 
-    Every pair's value is its own tokens' sum times pairs over tokens, so that
-    the mean over pairs is -(sum of chosen log-probs) / (number of tokens). A
-    term to mix in; it reads no reference.
+    Each pair's value is its own tokens' sum times pairs over tokens, so that
+    the mean over pairs is -(sum of chosen log-probs) / (number of tokens).
+    Meant as a term of a weighted sum; needs no reference.
 
     Reference: [Pang et al., 2024](https://arxiv.org/abs/2404.19733), eq. 1;
     [Liu et al., 2024](https://arxiv.org/abs/2405.16436).
     """
 
     beta: Any = dataclasses.field(default=None, init=False)
-    # The oracle leaves the likelihood term whole under length
+    # The oracle does not discount the likelihood term under length
     # desensitisation, which is about margins.
     ld_alpha: Any = dataclasses.field(default=None, init=False)
     needs_reference = False

@@ -1,4 +1,4 @@
-"""Losses of one pair at a time, held against a reference.
+"""Losses of one pair at a time, relative to a reference.
 
 Notation: w and l are the log-ratios of the chosen and the rejected
 completion, d the difference of their divergence scores, e label smoothing.
@@ -23,13 +23,13 @@ register = keras.saving.register_keras_serializable(package="keras_dpo")
 loss_class = dataclasses.dataclass(eq=False, repr=False)
 
 
-# A score's limit where it is squared: the squares of a thousand pairs, and
-# their slopes, still add up to a float32. (exp(40) is a little less.)
+# Limit of a score that is squared: the squares of a thousand pairs, and their
+# slopes, still add up within float32's range. (exp(40) is a little less.)
 LARGEST_SQUARED_SCORE = 2.5e17
 
 
 def smoothed_log_loss(x: Array, label_smoothing: float) -> Array:
-    """-(1 - e) log sigmoid(x) - e log sigmoid(-x), element by element."""
+    """-(1 - e) log sigmoid(x) - e log sigmoid(-x), elementwise."""
     return -(1.0 - label_smoothing) * log_sigmoid(
         x
     ) - label_smoothing * log_sigmoid(-x)
@@ -271,7 +271,7 @@ class DPOP(PreferenceLoss):
     """-log S(beta (w - l - lambda max(0, -w))).
 
     Args:
-        dpop_lambda: Price of a chosen completion that falls below the
+        dpop_lambda: Penalty on a chosen completion that falls below the
             reference. The paper uses 50.
 
     Reference: [Pal et al., 2024](https://arxiv.org/abs/2402.13228), eq. 3.

@@ -1,4 +1,4 @@
-"""Losses of the policy alone: no reference is built or run for them."""
+"""Reference-free losses: no reference is built or run for them."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Answers of a policy to prompts, fed exactly the ids it was trained on."""
+"""Generate answers to prompts, encoded exactly as in training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +13,10 @@ from keras_dpo.policies.positions import num_positions
 
 
 def is_one_prompt(prompts: Any) -> bool:
-    """Whether this is a single prompt: a string, a conversation, or a mapping
-    with `prompt` and `tools`."""
+    """Whether this is one prompt: a string, a conversation or a mapping.
+
+    A mapping has the keys `prompt` and `tools`.
+    """
     if isinstance(prompts, str | Mapping):
         return True
     first = prompts[0] if len(prompts) else None
@@ -29,17 +31,17 @@ def generate(
     sampler: Any = "greedy",
     strip_special: bool = True,
 ) -> str | list[str]:
-    """The policy's answers, without the prompts; a string for one prompt.
+    """Generate answers, without the prompts; a string for a single prompt.
 
     Args:
-        policy: A Keras-Hub CausalLM; its own sampler is left as it was.
-        preprocessor: Makes the prompts' ids and reads the answers'.
-        prompts: A prompt or a list of them: a string, a message list for the
-            chat template, or a mapping with messages as `prompt` and JSON
+        policy: A Keras-Hub CausalLM; its own sampler is left unchanged.
+        preprocessor: Encodes the prompts and decodes the answers.
+        prompts: A prompt or a list of prompts: a string, a message list for
+            the chat template, or a mapping with messages as `prompt` and JSON
             schemas as `tools`.
-        max_new_tokens: Tokens of an answer at most.
+        max_new_tokens: Maximum length of an answer in tokens.
         sampler: A Keras-Hub sampler or its name.
-        strip_special: Whether to leave out control tokens.
+        strip_special: Whether to strip control tokens.
     """
     one = is_one_prompt(prompts)
     answers = generate_each(
@@ -61,7 +63,7 @@ def generate_each(
     sampler: Any = "greedy",
     strip_special: bool = True,
 ) -> list[str]:
-    """An answer to each prompt of a list; see `generate`."""
+    """Generate an answer to each prompt of a list; see `generate`."""
     if not prompts:
         return []
     prompt_ids = [preprocessor.prompt_ids(prompt) for prompt in prompts]
@@ -92,13 +94,13 @@ def generate_ids(
     max_new_tokens: int,
     sampler: Any = "greedy",
 ) -> list[list[int]]:
-    """Ids of the answers, without end tokens.
+    """Generate the token ids of the answers, without end tokens.
 
     Raises:
-        ValueError: They need more positions than the policy knows.
+        ValueError: Prompt and answer exceed the policy's positions.
     """
     longest = max(map(len, prompt_ids)) + max_new_tokens
-    # Few lengths, few compilations.
+    # Rounded up, to compile for few lengths.
     length = -(-longest // 64) * 64
     positions = num_positions(policy)
     if positions is not None:
@@ -119,7 +121,7 @@ def generate_ids(
     policy.sampler = _make_sampler(sampler)
     policy.generate_function = None
     try:
-        # `generate` with a preprocessor attached would tokenise again.
+        # `generate` with a preprocessor attached would tokenize again.
         outputs = policy.make_generate_function()(
             {"token_ids": token_ids, "padding_mask": mask}, tuple(end_ids)
         )

@@ -1,9 +1,9 @@
-"""LoRA policies through Keras' save and load, which would merge them.
+"""Save and load LoRA policies without Keras merging the adapters.
 
-Keras writes a LoRA layer's kernel with the adapters merged in and reads it
-back with the adapters at zero (Keras 3.15), so that a loaded policy would be
-held against the wrong reference. Here the three arrays are kept apart.
-`tests/test_saving.py` tells when upstream does it.
+Keras 3.15 saves a LoRA layer's kernel with the adapters merged in and loads it
+with the adapters at zero, so a loaded policy would be compared with the wrong
+reference. Here the three arrays are stored separately. `tests/test_saving.py`
+tells when upstream does so.
 """
 
 import json
@@ -16,7 +16,7 @@ from keras_dpo.errors import UserError
 
 
 def adapted(policy: keras.Model) -> list[tuple[int, keras.layers.Layer]]:
-    """(index, layer) of the layers with LoRA, in Keras' flat order."""
+    """(index, layer) of all layers with LoRA, in Keras' flattened order."""
     return [
         (index, layer)
         for index, layer in enumerate(policy._flatten_layers())
@@ -25,10 +25,10 @@ def adapted(policy: keras.Model) -> list[tuple[int, keras.layers.Layer]]:
 
 
 def trained_parts(policy: keras.Model) -> dict[str, Any]:
-    """How each layer computes beyond its config, and which weights train.
+    """Record LoRA settings, per-layer dtypes and trainable weights.
 
-    LoRA's rank, alpha and what else Keras comes to keep in `lora_*`, and the
-    number types that layers were given one by one.
+    These are not in the layers' configs. LoRA settings are rank, alpha and
+    whatever else Keras stores in `lora_*` attributes.
     """
     return {
         "lora": settings(policy),
@@ -41,13 +41,13 @@ def restore_trained_parts(policy: keras.Model, record: dict[str, Any]) -> None:
     """Enable LoRA and freeze as `trained_parts` recorded it.
 
     Raises:
-        UserError: A layer comes back with another number type.
+        UserError: A layer was restored with a different dtype.
     """
     layers = list(policy._flatten_layers())
     for index, saved_settings in record["lora"].items():
         layer = layers[int(index)]
         if not layer.lora_enabled:
-            # Keras' own layers bring it back, backbones of Keras-Hub do not.
+            # Keras' own layers restore LoRA; Keras-Hub backbones do not.
             layer.enable_lora(saved_settings["lora_rank"])
         for name, value in saved_settings.items():
             setattr(layer, name, value)
@@ -67,7 +67,7 @@ def restore_trained_parts(policy: keras.Model, record: dict[str, Any]) -> None:
 
 
 def settings(policy: keras.Model) -> dict[str, dict[str, Any]]:
-    """Index -> rank, alpha and the like of the layers with LoRA."""
+    """Index -> LoRA settings, such as rank and alpha, of adapted layers."""
     return {str(i): _lora_settings(layer) for i, layer in adapted(policy)}
 
 
@@ -80,7 +80,7 @@ def _lora_settings(layer: keras.layers.Layer) -> dict[str, Any]:
 
 
 def _number_types(policy: keras.Model) -> dict[str, str]:
-    """Index -> number type of the layers with weights."""
+    """Index -> dtypes of the layers that own weights."""
     return {
         str(index): number_type(layer)
         for index, layer in enumerate(policy._flatten_layers())
@@ -89,16 +89,16 @@ def _number_types(policy: keras.Model) -> dict[str, str]:
 
 
 def number_type(layer: keras.layers.Layer) -> str:
-    """What a layer computes in, holds its weights in, and quantized how."""
+    """A layer's compute dtype, variable dtype and quantization mode."""
     parts = (layer.compute_dtype, layer.variable_dtype, layer.quantization_mode)
     return "/".join(str(part) for part in parts if part)
 
 
 def policy_config(policy: keras.Model) -> dict[str, Any]:
-    """The serialized policy, with what Keras-Hub forgets put back."""
+    """The serialized policy, including settings that Keras-Hub omits."""
     config = keras.saving.serialize_keras_object(policy)
     # Keras-Hub compiles its models for supervised training, and Keras warns
-    # that it cannot repeat that.
+    # that it cannot restore that.
     config.pop("compile_config", None)
     backbone: Any = getattr(policy, "backbone", None)
     # Llama's config leaves this out (Keras-Hub 0.32).
@@ -110,16 +110,16 @@ def policy_config(policy: keras.Model) -> dict[str, Any]:
 
 
 class StoredState(keras.layers.Layer):
-    """Writes what Keras' own walk through a `DPOModel` gets wrong or misses.
+    """Saves the state that Keras' own traversal of a `DPOModel` mishandles.
 
-    Its attribute name sorts last, so that its values are read after the
-    layers'. Holds the adapted layers' arrays, the loss's running means, and
-    what the reference is made of.
+    Its attribute name sorts last, so it is loaded after all layers. Stores
+    the adapted layers' arrays, the loss's running means and the reference's
+    provenance.
     """
 
     def __init__(self, model: keras.Model) -> None:
         super().__init__(trainable=False)
-        # In closures, out of sight of Keras' tracking.
+        # Closures hide the model from Keras' attribute tracking.
         self._variables = lambda: _apart(model)
         self._get_lora = lambda: settings(model.policy)
         self._get_origin = lambda: model.reference_origin()
@@ -139,8 +139,8 @@ class StoredState(keras.layers.Layer):
 
     def load_own_variables(self, store: Any) -> None:
         if "origin" not in store.keys():
-            # Keras tries a second place, where nothing is, after an error in
-            # the first.
+            # After an error in the first location Keras tries a second, empty
+            # one; raise the first error again.
             raise self._refusal
         try:
             self._load(store)
@@ -191,7 +191,7 @@ def _apart(model: keras.Model) -> list[keras.Variable]:
 
 
 def adapters(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """A layer's LoRA variables; none where it has none."""
+    """A layer's LoRA variables; an empty list without LoRA."""
     names = ("kernel", "embeddings")
     found = [
         getattr(layer, f"lora_{name}_{side}", None)

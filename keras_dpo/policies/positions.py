@@ -1,4 +1,4 @@
-"""How many positions a model knows."""
+"""Number of positions that a model supports."""
 
 import sys
 from typing import Any
@@ -7,12 +7,12 @@ import keras
 
 
 def num_positions(policy: keras.Model) -> int | None:
-    """Rows of the policy's table of positions; None where it has no table.
+    """Size of the policy's position embedding; None if it has none.
 
-    A position beyond it would be NaN (`take` of JAX) or a shape error.
+    A position beyond it would give NaN (JAX's `take`) or a shape error.
     """
     if "keras_hub" not in sys.modules:
-        # Seconds to import, and no layer can be one of its.
+        # Avoid an import of several seconds: no layer can be from Keras-Hub.
         return None
     import keras_hub
 

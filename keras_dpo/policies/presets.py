@@ -1,8 +1,8 @@
-"""Load a policy with the right numbers, save it so that it loads again.
+"""Load and save policies correctly.
 
-What Keras-Hub 0.32 gets wrong about Llama-type models, mended in one place;
-`tests/test_presets.py` holds each against recorded logits and tells when
-upstream is mended:
+Works around bugs of Keras-Hub 0.32 with Llama-type models;
+`tests/test_presets.py` checks each against recorded logits and tells when
+upstream is fixed:
 
 - loading a Hugging Face directory drops `rms_norm_eps` and, where
   transformers >= 5 wrote it, RoPE scaling;
@@ -37,23 +37,23 @@ from keras_dpo.distribution.processes import (
 from keras_dpo.errors import UserError
 from keras_dpo.policies.lora import policy_config
 
-# Beside a Keras preset, whose own tokenizer.json is another thing.
+# Subdirectory of a Keras preset, whose own tokenizer.json differs.
 TOKENIZER_DIRECTORY = "huggingface_tokenizer"
-# What the tokenizer's own files do not hold of how messages become text.
+# Chat formatting that the tokenizer's own files do not record.
 CHAT_FORMAT = "chat_format.json"
 
 
 def load_policy(preset: str, dtype: Any = None) -> keras.Model:
-    """A `keras_hub.models.CausalLM`, with the model's own tokenizer.
+    """Load a `keras_hub.models.CausalLM` with the model's own tokenizer.
 
     Args:
         preset: A Keras-Hub preset name, `hf://owner/name`, or a local
             directory in Keras-Hub's or Hugging Face's format. A directory
-            wins over a preset of its name.
+            takes precedence over a preset of the same name.
         dtype: A Keras dtype policy, such as `"mixed_bfloat16"`.
 
     Raises:
-        ValueError: There is no such preset.
+        ValueError: The preset cannot be loaded.
     """
     import keras_hub
 
@@ -70,9 +70,9 @@ def load_policy(preset: str, dtype: Any = None) -> keras.Model:
 
 
 def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
-    """The policy without its weights, and with so many layers.
+    """Build the policy with `num_layers` layers, without its weights.
 
-    Reads a preset's configuration alone.
+    Reads only the preset's configuration.
     """
     import keras_hub
 
@@ -91,7 +91,7 @@ def load_outline(preset: str, num_layers: int, dtype: Any = None) -> Any:
 
 
 def count_layers(preset: str) -> int:
-    """Decoder layers of a preset, from its configuration alone."""
+    """Number of decoder layers of a preset, from its configuration alone."""
     config = _configuration(preset)
     layers = config.get("num_hidden_layers")
     with _loadable(preset):
@@ -99,7 +99,7 @@ def count_layers(preset: str) -> int:
 
 
 def load_tokenizer(preset: str) -> Any:
-    """The tokenizer that `load_policy` would use, without the weights."""
+    """Load the tokenizer that `load_policy` would use, without weights."""
     import keras_hub
 
     preset = _local_first(preset)
@@ -111,7 +111,7 @@ def load_tokenizer(preset: str) -> Any:
 
 
 def load_chat_format(preset: str) -> dict[str, Any]:
-    """How a preset was trained to write messages, and its family's template.
+    """Load a preset's chat format, else the name of its family's template.
 
     See `DPOPreprocessor.from_chat_format`; `save_policy` writes the file.
     """
@@ -124,7 +124,7 @@ def load_chat_format(preset: str) -> dict[str, Any]:
 
 
 def text_tokenizer_of(model: keras.Model) -> TextTokenizer | None:
-    """The tokenizer that a model was loaded with, or has of its own."""
+    """The tokenizer that a model was loaded with, else its own."""
     tokenizer = getattr(model, "_huggingface_tokenizer", None)
     if tokenizer is None:
         preprocessor = getattr(model, "preprocessor", None)
@@ -133,13 +133,13 @@ def text_tokenizer_of(model: keras.Model) -> TextTokenizer | None:
 
 
 def _local_first(preset: str | os.PathLike[str]) -> str:
-    """A directory's absolute path; Keras-Hub would look for a name first."""
+    """Make a directory's path absolute; Keras-Hub tries preset names first."""
     preset = os.fspath(preset)
     return os.path.abspath(preset) if os.path.isdir(preset) else preset
 
 
 def _configuration(preset: str) -> dict[str, Any]:
-    """The config.json of a directory or of one of Keras-Hub's own presets."""
+    """The config.json of a directory or a built-in Keras-Hub preset."""
     import keras_hub
 
     preset = _local_first(preset)
@@ -173,7 +173,7 @@ def _loadable(preset: str) -> Iterator[None]:
 
 
 def _read_config(preset: str) -> dict[str, Any]:
-    """The directory's config.json; empty for Keras-Hub's own presets."""
+    """The config.json of a directory; empty for built-in presets."""
     path = pathlib.Path(preset) / "config.json"
     if preset.startswith("hf://"):
         import huggingface_hub
@@ -204,7 +204,7 @@ def _load_llama(preset: str, config: dict[str, Any], dtype: Any) -> Any:
     import keras_hub
 
     models = keras_hub.models
-    # Where there are both, the flat keys hold no scaling (transformers 5).
+    # If both exist, the flat keys hold no scaling (transformers 5).
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     options = {"layer_norm_epsilon": config["rms_norm_eps"]}
     if scaling.get("rope_type") == "llama3":
@@ -251,17 +251,17 @@ def save_policy(
     directory: str | os.PathLike[str],
     preprocessor: DPOPreprocessor | None = None,
 ) -> None:
-    """Write a preset that `keras_hub.models.CausalLM.from_preset` loads.
+    """Save a preset that `keras_hub.models.CausalLM.from_preset` loads.
 
-    LoRA adapters are merged into it. Written beside and renamed, so that a
-    preset that is there already stays whole until the new one is. Of several
-    processes the first writes; all must call it.
+    LoRA adapters are merged. The preset is written to a temporary directory
+    and renamed, so an existing one stays intact until the new one is complete.
+    The first process writes, but all processes must call this.
 
     Args:
         policy: A Keras-Hub CausalLM.
-        directory: Where to.
-        preprocessor: Its tokenizer and chat template are kept beside the
-            weights. None: those that the policy was trained or loaded with.
+        directory: Directory to write the preset to.
+        preprocessor: Its tokenizer and chat template are saved with the
+            weights. Defaults to those the policy was trained or loaded with.
     """
     directory = pathlib.Path(directory)
     if preprocessor is None or preprocessor.tokenizer is None:
@@ -276,7 +276,7 @@ def save_policy(
 
 @contextlib.contextmanager
 def _values_on_host(policy: keras.Model) -> Iterator[None]:
-    """Gather what lies on the devices of several processes."""
+    """Gather variables that are sharded over several processes."""
     if jax.process_count() == 1:
         yield
         return
@@ -311,12 +311,12 @@ def _save_whole(
 
 
 def _save_text(preprocessor: DPOPreprocessor, directory: pathlib.Path) -> None:
-    """Keep how texts and messages became ids."""
+    """Save the tokenizer and the chat format."""
     tokenizer, own = preprocessor.tokenizer, preprocessor.chat_format
     if isinstance(tokenizer, HuggingFaceTokenizer):
         kept = tokenizer.tokenizer
         if "chat_template" in own:
-            # For whoever reads the tokenizer alone.
+            # For readers that load the tokenizer alone.
             kept = copy.copy(kept)
             kept.chat_template = own["chat_template"]
         kept.save_pretrained(directory / TOKENIZER_DIRECTORY)
@@ -361,7 +361,7 @@ def _mend_llama_tokenizer(policy: keras.Model, directory: pathlib.Path) -> None:
     }
 
     def mend(content: Any) -> None:
-        """Every tokenizer's config, however deep it lies."""
+        """Fix every tokenizer config, however deeply nested."""
         if isinstance(content, dict):
             if content.get("class_name") == "Llama3Tokenizer":
                 content["config"].update(tokens)
@@ -373,7 +373,7 @@ def _mend_llama_tokenizer(policy: keras.Model, directory: pathlib.Path) -> None:
             _edit_json(directory / name, mend)
 
     def alias(vocabulary: dict[str, int]) -> None:
-        # The loader insists on these two; no text of ours holds them.
+        # The loader requires these two tokens; our texts never contain them.
         unused = max(vocabulary.values()) + 1
         for token in LLAMA3_DEFAULT_TOKENS:
             if token not in vocabulary:

@@ -1,4 +1,4 @@
-"""Where reference log-probs come from, and the stores that keep them.
+"""Sources of reference log-probs, and the stores that cache them.
 
 Imports `policies`, `scoring` and `data`; never training or callbacks.
 """

@@ -1,4 +1,4 @@
-"""`Reference`: what every source of reference log-probs offers."""
+"""`Reference`: the interface of all sources of reference log-probs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,21 +19,21 @@ VariableValues = list[tuple[keras.Variable, Array]]
 
 
 class Reference(keras.layers.Layer):
-    """Base class: a frozen source of log-probabilities.
+    """Base class of frozen sources of log-probabilities.
 
-    A Keras layer, so that its variables are saved, sharded and carried by
-    donation among the model's non-trainable state.
+    A Keras layer, so that its variables are saved, sharded and donated with
+    the model's non-trainable state.
     """
 
-    # Whether a sync changed it since it was made.
+    # Whether a sync has changed it since creation.
     synced = False
-    # Whether it gives log-probs to compare the policy with.
+    # Whether it provides log-probs to compare the policy with.
     compares = True
     # Whether it computes its log-probs in every step.
     runs_online = False
     # Whether its log-probs come with the batch.
     is_stored = False
-    # Whether it keeps values of the policy's trainable variables.
+    # Whether it stores values of the policy's trainable variables.
     keeps_snapshot = False
 
     def __init__(self, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class Reference(keras.layers.Layer):
         """Log-probs of the completion tokens, `(pairs, 2, tokens)`, nats.
 
         Args:
-            values: Every variable of the model with its current value.
+            values: All variables of the model with their current values.
             batch: See `log_probs.completion_statistics`.
         """
         raise NotImplementedError
@@ -52,7 +52,7 @@ class Reference(keras.layers.Layer):
     def pair_log_probs(
         self, values: VariableValues, batch: Batch
     ) -> PairLogProbs:
-        """`token_log_probs` with the mask, outside the gradient."""
+        """`token_log_probs` with the mask, excluded from the gradient."""
         log_probs = self.token_log_probs(values, batch)
         return jax.lax.stop_gradient(
             PairLogProbs(log_probs, completion_mask(batch))
@@ -60,20 +60,20 @@ class Reference(keras.layers.Layer):
 
     @property
     def models(self) -> list[keras.Model]:
-        """The models other than the policy that it runs."""
+        """The models it runs, other than the policy."""
         return []
 
     @property
     def begins_equal(self) -> bool:
-        """Whether it gives the policy's own numbers until the first step."""
+        """Whether it equals the policy exactly until the first step."""
         return False
 
     @contextlib.contextmanager
     def as_model(self) -> Iterator[keras.Model | None]:
-        """A model that computes what the reference does, for a while.
+        """Context that yields a model equivalent to the reference.
 
-        It may be the policy with other values, which is itself again
-        afterwards; None where no reference is kept.
+        This may be the policy with swapped values, which are restored on exit.
+        Yields None if no reference is kept.
         """
         yield None
 
@@ -82,7 +82,7 @@ class Reference(keras.layers.Layer):
         raise UserError(f"{self.describe()} cannot be synced.")
 
     def describe(self) -> str:
-        """One line for the start-up message."""
+        """One-line description for the start-up message."""
         raise NotImplementedError
 
 
@@ -94,10 +94,10 @@ class Untracked:
 
 
 def replace_reference(model: Any, reference: Reference) -> None:
-    """Give a `DPOModel` another reference; the one before leaves its state.
+    """Replace a `DPOModel`'s reference, and untrack the previous one.
 
-    Keras (3.15) keeps a layer whose attribute is replaced or deleted, and a
-    list of all layers of when the model was compiled.
+    Keras 3.15 keeps tracking a layer whose attribute is replaced or deleted,
+    and keeps a list of all layers from when the model was compiled.
     """
     before = model.reference
     if before is reference:
@@ -116,7 +116,7 @@ def replace_reference(model: Any, reference: Reference) -> None:
 
 
 def vocabulary_size(model: keras.Model) -> int | None:
-    """Rows of the model's token embedding; None where it cannot be told."""
+    """Vocabulary size of the model in tokens; None if unknown."""
     backbone = getattr(model, "backbone", None)
     size = getattr(backbone, "vocabulary_size", None)
     if size is None:

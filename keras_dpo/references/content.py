@@ -1,4 +1,4 @@
-"""What a model's log-probs depend on, as hashes that outlive the process."""
+"""Hashes of everything a model's log-probs depend on, stable over processes."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ from keras_dpo.distribution.processes import to_host
 from keras_dpo.policies import lora
 from keras_dpo.references.store import hash_arrays
 
-# Entries of a Keras config that change no log-prob. Names are numbered by
-# process, and number types have an entry of their own.
+# Entries of a Keras config that affect no log-prob. Names are numbered per
+# process, and dtypes are hashed separately.
 NOT_COMPUTED_WITH = (
     "name",
     "dtype",
@@ -30,12 +30,12 @@ NOT_COMPUTED_WITH = (
 def content_of(
     model: keras.Model, trainable_values: Sequence[jax.Array] | None = None
 ) -> dict[str, str]:
-    """Hashes of all that log-probs depend on beyond the token ids, by name.
+    """Hash everything that log-probs depend on beyond token ids, by name.
 
     Args:
         model: A policy or a reference.
-        trainable_values: Of its trainable variables, in their order, where
-            they are not the current ones.
+        trainable_values: Values of its trainable variables, in order, if not
+            the current ones.
     """
     values = {
         id(variable): value
@@ -51,7 +51,7 @@ def content_of(
 
 
 def computed_with(model: keras.Model) -> dict[str, Any]:
-    """What turns a model's weights into log-probs, by name."""
+    """Hashes and settings of the computation, apart from weights, by name."""
     return {
         "configuration": _hash_configuration(model),
         "number types": _number_types(model),
@@ -62,10 +62,10 @@ def computed_with(model: keras.Model) -> dict[str, Any]:
 def _hash_effective_weights(
     model: keras.Model, values: dict[int, jax.Array]
 ) -> str:
-    """The weights that take part: adapters that add nothing do not.
+    """Hash the weights, ignoring adapters that have no effect.
 
-    New LoRA adapters multiply to zero whatever their random half holds, so a
-    policy with them and the same policy without share one store.
+    The product of new LoRA adapters is zero whatever their random half holds,
+    so a policy with them shares a store with the same policy without.
     """
 
     def arrays() -> Iterable[Any]:
@@ -84,7 +84,7 @@ def _hash_effective_weights(
 def _idle_adapters(
     layer: keras.layers.Layer, values: dict[int, jax.Array]
 ) -> set[int]:
-    """Ids of a layer's LoRA adapters, where their product is zero."""
+    """Ids of a layer's LoRA adapters if their product is zero, else empty."""
     adapters = lora.adapters(layer)
     if any(not np.any(to_host(values.get(id(v), v.value))) for v in adapters):
         return {id(v) for v in adapters}
@@ -92,9 +92,9 @@ def _idle_adapters(
 
 
 def _own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """A layer's variables without its sublayers', ordered by name.
+    """A layer's variables, without its sublayers', sorted by name.
 
-    Enabling LoRA makes a kernel frozen, which moves it in Keras' own order.
+    Enabling LoRA freezes a kernel, which moves it in Keras' own order.
     """
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
     return sorted(own, key=lambda variable: variable.name)
@@ -104,7 +104,7 @@ def _hash_configuration(model: keras.Model) -> str:
     try:
         config = _computed_with(_without_names(lora.policy_config(model)))
     except NotImplementedError:
-        # A subclass without get_config: its code is all there is to know.
+        # A subclass without get_config is identified by its class alone.
         config = f"{type(model).__module__}.{type(model).__qualname__}"
     text = json.dumps(config, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -123,7 +123,7 @@ def _computed_with(config: Any) -> Any:
 
 
 def _without_names(config: Any) -> Any:
-    """Layers called by their order: Keras numbers their names by process."""
+    """Rename layers by order, since Keras numbers names per process."""
     names: dict[str, str] = {}
 
     def find(part: Any) -> None:
@@ -148,7 +148,7 @@ def _without_names(config: Any) -> Any:
 
 
 def _number_types(model: keras.Model) -> str:
-    """The number types of all layers that hold weights."""
+    """The dtypes of all layers that own weights."""
     names = [
         lora.number_type(layer)
         for layer in model._flatten_layers()

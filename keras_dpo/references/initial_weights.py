@@ -1,4 +1,4 @@
-"""The weights that a policy began with, for as long as they are there."""
+"""`InitialWeights`: a policy's initial weights, while they are alive."""
 
 import operator
 import weakref
@@ -19,17 +19,17 @@ INITIAL_WEIGHTS_GONE = (
 )
 
 
-# All that are held in this process: one model's run may replace the arrays of
-# another's policy or reference.
+# All instances in this process: running one model may replace the arrays of
+# another model's policy or reference.
 _HELD: "weakref.WeakSet[InitialWeights]" = weakref.WeakSet()
 
 
 @contextmanager
 def initial_weights_kept(trained: keras.Model | None = None) -> Iterator[None]:
-    """Follow all initial weights through a run that donates variables.
+    """Keep all initial weights valid across a run that donates variables.
 
     Args:
-        trained: The policy that the run trains, if it trains one.
+        trained: The policy that the run trains, if any.
     """
     with ExitStack() as stack:
         for weights in list(_HELD):
@@ -39,10 +39,10 @@ def initial_weights_kept(trained: keras.Model | None = None) -> Iterator[None]:
 
 
 class InitialWeights:
-    """The policy's values when `DPOModel(policy)` was made.
+    """The policy's values at the time `DPOModel(policy)` was created.
 
-    JAX arrays never change, so holding on to them costs nothing until training
-    replaces them; its first step then deletes them (they are donated).
+    JAX arrays are immutable, so holding references costs nothing until
+    training replaces them; its first step then deletes them by donation.
 
     Args:
         policy: A built Keras model.
@@ -55,19 +55,19 @@ class InitialWeights:
         _HELD.add(self)
 
     def belong_to(self, policy: keras.Model) -> bool:
-        """Whether they are a policy's."""
+        """Whether these are the weights of the given policy."""
         return self._policy is policy
 
     @property
     def are_current(self) -> bool:
-        """Whether the policy still holds these values, bit for bit."""
+        """Whether the policy still has exactly these values, bit for bit."""
         return all(map(_same, self._now, self._values))
 
     def trainable_values(self) -> list[jax.Array]:
-        """Initial values of the policy's trainable variables, in its order.
+        """Initial values of the policy's trainable variables, in order.
 
         Raises:
-            UserError: They are gone, or a frozen variable holds another value.
+            UserError: They are gone, or a frozen variable has changed.
         """
         trainable = {id(v) for v in self._policy.trainable_variables}
         values = {}
@@ -87,10 +87,10 @@ class InitialWeights:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Follow the values through a run that changes none of them.
+        """Keep the values valid across a run that does not change them.
 
-        Keras donates its state to test and prediction steps, too, and puts new
-        arrays of the same values in place.
+        Keras donates its state to test and prediction steps, too, and replaces
+        it by new arrays with the same values.
         """
         held = list(map(operator.is_, self._now, self._values))
         try:

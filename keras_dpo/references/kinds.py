@@ -1,4 +1,4 @@
-"""The four kinds of reference, and which one a loss needs."""
+"""The four kinds of reference, and selecting the one a loss needs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ from keras_dpo.scoring.log_probs import (
 
 
 class SnapshotReference(Reference):
-    """The policy's trainable variables as they were, in the same layers.
+    """A snapshot of the policy's trainable variables, run in its layers.
 
     Exact for full fine-tuning, and for LoRA at the cost of the adapters
-    alone: what is frozen is shared.
+    alone, since frozen weights are shared.
     """
 
     runs_online = True
@@ -53,8 +53,8 @@ class SnapshotReference(Reference):
         ]
 
     def load_own_variables(self, store: Any) -> None:
-        # A file without a snapshot: `DPOModel.restore_reference_origin` says
-        # what it means.
+        # Skip a file without a snapshot, which
+        # `DPOModel.restore_reference_origin` handles.
         if store.keys():
             super().load_own_variables(store)
 
@@ -103,23 +103,23 @@ class SnapshotReference(Reference):
 def _snapshot(
     variable: keras.Variable, value: Any, dtype: str
 ) -> keras.Variable:
-    start: Any = "zeros"  # Of an outline, which has no values.
+    start: Any = "zeros"  # For an outline, which has no values.
     if not isinstance(value, jax.ShapeDtypeStruct):
-        # A copy: an alias would be donated twice.
+        # Copied, because an alias would be donated twice.
         start = jnp.array(value, dtype, copy=True)
     return keras.Variable(
         start,
         shape=value.shape,
         dtype=dtype,
         trainable=False,
-        # The policy variable's layout, so a mesh shards both alike.
+        # The policy variable's layout, so that a mesh shards both alike.
         layout=variable._layout,
         name=f"reference_{variable.name}",
     )
 
 
 class ModelReference(Reference):
-    """Another Keras model, frozen."""
+    """Another, frozen Keras model as the reference."""
 
     runs_online = True
 
@@ -150,7 +150,7 @@ class ModelReference(Reference):
         held = {id(v.value) for v in policy.variables}
         for variable in model.variables:
             if id(variable.value) in held:
-                # One array cannot be given to a step twice.
+                # One array cannot be donated to a step twice.
                 variable.assign(jnp.array(variable.value, copy=True))
 
     def token_log_probs(self, values: VariableValues, batch: Batch) -> Array:
@@ -185,7 +185,7 @@ class ModelReference(Reference):
 
 
 class PrecomputedReference(Reference):
-    """Log-probs that come with the batch; no reference is kept."""
+    """Reference log-probs read from the batch; no model is kept."""
 
     is_stored = True
 
@@ -203,7 +203,7 @@ class PrecomputedReference(Reference):
 
 
 class NoReference(Reference):
-    """Log-probs of zero: what a loss without a reference is given."""
+    """All-zero log-probs, for losses without a reference."""
 
     compares = False
 
@@ -224,12 +224,12 @@ def make_reference(
     loss: PreferenceLoss,
     make_snapshot: Callable[[], Reference],
 ) -> Reference:
-    """The reference that a loss needs, of the kind that was chosen.
+    """Create the reference that a loss needs, of the chosen kind.
 
     Args:
         choice: `"initial"`, `"precomputed"` or None.
         loss: The compiled loss.
-        make_snapshot: Called for the snapshot, where one is needed.
+        make_snapshot: Returns the snapshot; called only if needed.
     """
     if choice is None or not loss.needs_reference:
         return NoReference()

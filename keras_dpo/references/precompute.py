@@ -1,4 +1,4 @@
-"""Reference log-probs, computed once for a dataset and then read."""
+"""Precompute a dataset's reference log-probs once, and read them later."""
 
 import dataclasses
 import functools
@@ -22,31 +22,31 @@ from keras_dpo.references.store import ReferenceStore
 from keras_dpo.scoring.log_probs import Array
 from keras_dpo.utils.files import cache_directory
 
-# Tokens of a batch without gradients.
+# Tokens per batch when no gradients are needed.
 PRECOMPUTE_TOKENS = 8192
 
 
 def fill_in_reference(
     model: Any, datasets: Sequence[PreferenceDataset]
 ) -> list[pathlib.Path]:
-    """Give views of the pairs their reference log-probs.
+    """Fill in the reference log-probs of the model's datasets.
 
-    What is on disk is read, the rest computed, in larger batches than those of
-    training: nothing is kept for a gradient.
+    Those on disk are read; the rest are computed, in larger batches than in
+    training, because no activations are kept for gradients.
 
     Args:
-        model: A `DPOModel` with its reference in place.
+        model: A `DPOModel` whose reference is set.
         datasets: The model's own views of the pairs.
 
     Returns:
         The stores' directories.
 
     Raises:
-        UserError: They are not all on disk, and the weights are gone.
+        UserError: Log-probs are missing on disk, and the weights are gone.
     """
     can_run = _can_run(model)
     if can_run:
-        # Hashed anew each time: weights may have been loaded since.
+        # Rehashed each time, since weights may have been loaded in between.
         model._reference_content = _content(model)
     elif model._reference_content is None:
         raise UserError(_GONE)
@@ -56,7 +56,7 @@ def fill_in_reference(
 def _fill_in(
     model: Any, dataset: PreferenceDataset, can_run: bool
 ) -> pathlib.Path:
-    """Do so for one dataset."""
+    """Fill in the reference log-probs of one dataset."""
     need_an_end(dataset, "A precomputed reference is one of all pairs")
     store = ReferenceStore(
         model.reference_cache or cache_directory() / "reference",
@@ -72,7 +72,7 @@ def _fill_in(
 
 
 def _can_run(model: Any) -> bool:
-    """Whether the weights that the reference consists of are still there."""
+    """Whether the weights of the reference are still available."""
     if model.reference.models:
         return True
     return not model.has_trained and not model._reference_was_dropped
@@ -87,7 +87,7 @@ _GONE = (
 
 
 def _content(model: Any) -> dict[str, str]:
-    """What the reference's log-probs depend on beyond the token ids."""
+    """Hash what the reference's log-probs depend on beyond token ids."""
     for other in model.reference.models:
         return content_of(other)
     return content_of(model.policy, model._initial_values())
@@ -96,8 +96,8 @@ def _content(model: Any) -> dict[str, str]:
 def _log_probs_of_parts(
     model: Any, dataset: PreferenceDataset, store: ReferenceStore
 ) -> Callable[[int], Iterator[tuple[int, np.ndarray]]]:
-    """From a part's number to its pairs' places and log-probs."""
-    # JAX keeps the function for a while: it must not keep the reference.
+    """A function from a part's number to its pairs' places and log-probs."""
+    # JAX caches the function, so it must not capture the reference.
     of_policy = not model.reference.models
 
     @functools.partial(jax.jit, compiler_options=model.compiler_options)
@@ -129,7 +129,7 @@ def _log_probs_of_parts(
 
 
 def drop_reference_model(model: Any) -> None:
-    """Let go of a reference whose log-probs are stored."""
+    """Release a reference model whose log-probs are stored."""
     if model.reference.models:
         replace_reference(model, PrecomputedReference())
         model.reference_choice = "precomputed"
@@ -139,7 +139,7 @@ def drop_reference_model(model: Any) -> None:
 def _parts(
     model: Any, dataset: PreferenceDataset, store: ReferenceStore
 ) -> list[PreferenceDataset]:
-    """The store's parts of a dataset, in batches of few shapes."""
+    """Split a dataset into the store's parts, in batches of few shapes."""
     indices = [store.indices(n) for n in range(store.num_parts)]
     parts = dataset.parts(indices, PRECOMPUTE_TOKENS)
     if not model.execution.in_rows:

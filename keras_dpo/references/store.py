@@ -1,9 +1,8 @@
-"""Reference log-probs on disk, computed once.
+"""On-disk cache of precomputed reference log-probs.
 
-A store is a directory named after the content it was computed from: the
-reference's weights, the token ids, the number types and the layout. It is
-written part by part, each beside its place and renamed, so that a run that is
-killed goes on with the next part.
+A store is a directory named by a hash of the content it was computed from: the
+reference's weights, the token ids, the dtypes and the layout. Each part is
+written atomically, so a killed run resumes with the next part.
 """
 
 import hashlib
@@ -23,18 +22,18 @@ from keras_dpo.errors import UserError
 from keras_dpo.utils.files import write_beside
 from keras_dpo.utils.messages import say
 
-# Raised when stores of an earlier version must not be read.
+# Incremented when stores of earlier versions become unreadable.
 LAYOUT = "2"
 PAIRS_PER_PART = 256
 
 
 def hash_weights(variables: Iterable[keras.Variable]) -> str:
-    """A hash of every value, in order."""
+    """Hash the values of all variables, in order."""
     return hash_arrays(variable.value for variable in variables)
 
 
 def hash_arrays(arrays: Iterable[Any]) -> str:
-    """A hash of every array's shape, type and bytes, in order."""
+    """Hash the shape, dtype and bytes of all arrays, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         value = np.ascontiguousarray(to_host(array))
@@ -44,17 +43,18 @@ def hash_arrays(arrays: Iterable[Any]) -> str:
 
 
 class ReferenceStore:
-    """Per-token reference log-probs of one dataset.
+    """Per-token reference log-probs of one dataset, on disk.
 
     Args:
-        root: Where stores lie, one directory each.
+        root: Parent directory of all stores.
         pairs: The dataset's pairs.
-        content: What the log-probs depend on beyond the token ids, by name.
-        strict: Whether a store of the same token ids and other content is an
-            error: the user named the directory.
+        content: Hashes of what the log-probs depend on beyond the token ids,
+            by name.
+        strict: Whether a store of the same token ids with different content is
+            an error, because the user named the directory.
 
     Raises:
-        ValueError: `strict`, and the directory holds such a store.
+        ValueError: `strict` is set, and the directory holds such a store.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ReferenceStore:
                 if content.get(name) != value
             ]
             if changed == ["number types"]:
-                # The same reference, rounded otherwise: both are kept.
+                # The same reference at another precision; keep both.
                 continue
             raise UserError(
                 f"{path.parent} holds reference log-probs of these pairs, but "
@@ -99,16 +99,16 @@ class ReferenceStore:
 
     @property
     def num_parts(self) -> int:
-        """Files that make up the store."""
+        """Number of part files in the store."""
         return -(-len(self._widths) // PAIRS_PER_PART)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every part is there, for every process."""
+        """Whether every part exists, as seen by every process."""
         return not self._missing()
 
     def _missing(self, parts: Sequence[int] | None = None) -> list[int]:
-        """Parts that a process does not find: all must compute together."""
+        """Parts that any process lacks, since all must compute together."""
         parts = range(self.num_parts) if parts is None else parts
         there = [self._path(n).exists() for n in parts]
         gone = on_any_process(~np.array(there))
@@ -117,11 +117,11 @@ class ReferenceStore:
     def fill(
         self, compute: Callable[[int], Iterable[tuple[int, np.ndarray]]]
     ) -> None:
-        """Compute and write the parts that are not there yet.
+        """Compute and write the missing parts.
 
         Args:
-            compute: From a part's number to the place in the part of each of
-                its pairs, with its log-probs `(2, tokens)`.
+            compute: A function from a part's number to each pair's place in
+                the part and its log-probs `(2, tokens)`.
         """
         if self.is_whole:
             say(f"Reference log-probs: read from {self.directory}")
@@ -132,8 +132,8 @@ class ReferenceStore:
             json.dumps(self._content, indent=1).encode(),
         )
         for n in self._missing():
-            # Another run may fill the same store: what it has written, or is
-            # writing, is read.
+            # Another run may be filling the same store; reuse the parts that
+            # it has written or is writing.
             with locked(self.directory, "A reference store", wait=True):
                 if self._missing([n]):
                     self._write_part(n, compute(n))
@@ -158,7 +158,7 @@ class ReferenceStore:
         write_beside(self._path(n), flat.tobytes())
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Log-probs of a pair, `(2, tokens)`, zero beyond a completion."""
+        """Log-probs of a pair, `(2, tokens)`, zero past each completion."""
         n = index // PAIRS_PER_PART
         widths, path = self._widths[self.indices(n)], self._path(n)
         if path.stat().st_size != 4 * widths.sum():
@@ -166,7 +166,8 @@ class ReferenceStore:
                 f"{path} is damaged: it holds {path.stat().st_size} bytes, "
                 f"not {4 * widths.sum()}. Remove it to compute it again."
             )
-        # Not mapped: a large store has more parts than a process may open.
+        # Not memory-mapped: a large store has more parts than the limit on
+        # open files.
         flat = np.fromfile(
             path,
             "float32",
@@ -180,7 +181,7 @@ class ReferenceStore:
         return values
 
     def indices(self, n: int) -> np.ndarray:
-        """The pairs of a part."""
+        """Indices of the pairs in a part."""
         first = n * PAIRS_PER_PART
         return np.arange(first, min(first + PAIRS_PER_PART, len(self._widths)))
 

@@ -1,4 +1,4 @@
-"""A run from its settings to its report: config, `train`, the command line.
+"""Runs from config to report: `DPOConfig`, `train`, the command line.
 
-The top floor: nothing else imports it.
+The top layer of the package: no other subpackage imports it.
 """

@@ -1,4 +1,4 @@
-"""The parts of a run, each made from its config."""
+"""Builders for the parts of a run, each from its config."""
 
 import dataclasses
 import math
@@ -37,14 +37,14 @@ from keras_dpo.utils.messages import say
 
 
 def require(config: DPOConfig, *names: str) -> None:
-    """Raise where a setting that has no default is missing."""
+    """Raise if a setting without a default is missing."""
     for name in names:
         if not getattr(config, name):
             raise UserError(f"`{name}` is missing: give --{name}.")
 
 
 def choose_attention(mechanism: str) -> None:
-    """Switch Keras' flash attention, and say what runs."""
+    """Configure Keras' flash attention, and print what is used."""
     runs = mechanism
     if mechanism == "flash":
         keras.config.enable_flash_attention()
@@ -59,7 +59,7 @@ def choose_attention(mechanism: str) -> None:
 
 
 def choose_mesh(config: DPOConfig) -> None:
-    """Spread what is built from now on over the devices, if asked to."""
+    """Initialize multi-process JAX and the device mesh, if configured."""
     mesh: Any = config.mesh
     if config.distributed != "none":
         start_processes(config.distributed)
@@ -70,11 +70,11 @@ def choose_mesh(config: DPOConfig) -> None:
 
 
 def make_policy(config: DPOConfig, num_layers: int | None = None) -> Any:
-    """The policy, with LoRA if asked for.
+    """Build the policy, with LoRA if configured.
 
     Args:
         config: The settings.
-        num_layers: An outline of so many layers instead, without weights.
+        num_layers: If given, layers of a weightless outline to build instead.
     """
     dtype = config.dtype
     if dtype == "bfloat16" and not config.lora_rank:
@@ -95,12 +95,12 @@ def make_policy(config: DPOConfig, num_layers: int | None = None) -> Any:
 def make_preprocessor(
     config: DPOConfig, policy: keras.Model
 ) -> DPOPreprocessor:
-    """The preprocessor, with the policy's own tokenizer."""
+    """Build the preprocessor with the policy's own tokenizer."""
     return DPOPreprocessor.from_policy(policy, **_text_options(config))
 
 
 def make_preprocessor_alone(config: DPOConfig) -> DPOPreprocessor:
-    """The preprocessor, without loading the policy."""
+    """Build the preprocessor without loading the policy."""
     tokenizer, own = None, {}
     if config.repo_id:
         tokenizer = load_tokenizer(config.repo_id)
@@ -125,7 +125,7 @@ def _text_options(config: DPOConfig) -> dict[str, Any]:
 def make_datasets(
     config: DPOConfig, preprocessor: DPOPreprocessor, verbose: bool = True
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-    """The training pairs and, if asked for, the validation pairs."""
+    """Build the training and, if configured, the validation dataset."""
     common: dict[str, Any] = {
         "preprocessor": preprocessor,
         "seed": config.seed,
@@ -170,7 +170,7 @@ def make_model(
     preprocessor: DPOPreprocessor | None,
     num_layers: int | None = None,
 ) -> DPOModel:
-    """The policy beside its reference; see `make_policy`."""
+    """Build the `DPOModel` with its reference; see `make_policy`."""
     reference: Any = config.reference
     if config.reference_free or reference == "none":
         reference = None
@@ -199,13 +199,13 @@ def make_model(
 
 
 def total_steps(config: DPOConfig, training: PreferenceDataset) -> int:
-    """Optimizer steps of the whole run."""
+    """Total optimizer steps of the run."""
     steps = training.batches_per_epoch * config.num_train_epochs
     return min(steps, config.max_steps or steps)
 
 
 def make_optimizer(config: DPOConfig, steps: int) -> keras.Optimizer:
-    """AdamW with the config's schedule."""
+    """Build AdamW with the config's learning-rate schedule."""
     rate: Any = config.resolved().learning_rate
     schedule = rate
     if config.learning_rate_schedule != "constant" or config.warmup_ratio:
@@ -225,7 +225,7 @@ def make_optimizer(config: DPOConfig, steps: int) -> keras.Optimizer:
 def make_callbacks(
     config: DPOConfig, directory: pathlib.Path, steps: int
 ) -> list[keras.callbacks.Callback]:
-    """Logging, saving and syncing as the config says."""
+    """Build the callbacks for logging, backups, saving and syncing."""
     backup = dpo_callbacks.TrainingBackup(
         directory / "backups",
         config.backup_every,
@@ -233,7 +233,7 @@ def make_callbacks(
         config.resume,
     )
     metrics = directory / "metrics.jsonl"
-    # A run of its own; what an earlier one left is kept beside.
+    # A new run; the metrics of an earlier one are renamed and kept.
     if is_main_process() and metrics.exists() and not backup.goes_on:
         os.replace(metrics, directory / "metrics.previous.jsonl")
     every = min(config.log_steps, steps)
@@ -273,7 +273,7 @@ def make_callbacks(
 
 
 def wandb_run_id(directory: pathlib.Path, goes_on: bool) -> str:
-    """The run's id at W&B, kept beside it, so that a resumed run goes on."""
+    """The run's W&B id, stored in its directory so that resuming reuses it."""
     path = directory / "wandb_run_id"
     if goes_on and path.exists():
         return path.read_text()

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# TensorFlow, which Keras-Hub imports where it is installed, talks a lot.
+# Keras-Hub imports TensorFlow if it is installed; silence its logs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -21,7 +21,7 @@ from keras_dpo.errors import UserError  # noqa: E402
 from keras_dpo.runs.config import DPOConfig  # noqa: E402
 from keras_dpo.utils.messages import say  # noqa: E402
 
-# Title of a help group -> its first setting; the others follow in order.
+# Title of each help group -> its first setting; the rest follow in order.
 GROUPS = {
     "Model": "model_name",
     "Data": "dataset_name",
@@ -36,15 +36,15 @@ MISTAKES = (
     FileNotFoundError,
     PermissionError,
 )
-# Training that diverged, a disk that is full: no mistake of the command line,
-# and nothing that a traceback would explain.
+# Diverged training or a full disk: not a mistake in the command line, and
+# nothing that a traceback would explain.
 FAILURES = (FloatingPointError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; a user's mistake is one line and exit status 2.
+    """Run the command line; a user error is one line and exit status 2.
 
-    A bug of ours ends with its traceback, and exit status 1 as Python has it.
+    A bug in this package raises its traceback, with Python's exit status 1.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, runners = _make_parser()
@@ -72,7 +72,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _refuse_aliases(arguments: list[str]) -> None:
-    """Raise where a config file refers to itself: a few lines can grow huge."""
+    """Raise if a config file has YAML aliases: a few lines can grow huge."""
     for flag, path in zip(arguments, arguments[1:], strict=False):
         if flag != "--config" or not os.path.isfile(path):
             continue
@@ -82,7 +82,7 @@ def _refuse_aliases(arguments: list[str]) -> None:
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8: {error}.") from error
             except yaml.YAMLError:
-                continue  # The parser says what is wrong with it.
+                continue  # The parser reports the error.
         if any(isinstance(token, yaml.AliasToken) for token in tokens):
             raise UserError(
                 f"{path} has YAML aliases (*name), which a config has no use "
@@ -91,7 +91,7 @@ def _refuse_aliases(arguments: list[str]) -> None:
 
 
 def _normal(arguments: list[str]) -> list[str]:
-    """Put `--config` first, so that flags win, and spell out bare switches."""
+    """Move `--config` first, so that flags win, and expand bare switches."""
     switches = {
         field.name
         for field in dataclasses.fields(DPOConfig)
@@ -119,7 +119,7 @@ def _normal(arguments: list[str]) -> list[str]:
 
 
 def _config_apart(argument: str) -> list[str]:
-    """`--config=FILE`, and abbreviated, as the two words that it stands for."""
+    """Split `--config=FILE`, possibly abbreviated, into two arguments."""
     flag, equals, path = argument.partition("=")
     if len(flag) <= len("--co") or not "--config".startswith(flag):
         return [argument]
@@ -168,9 +168,9 @@ def _version() -> str:
 
 
 def setting_help(docstring: str | None = DPOConfig.__doc__) -> dict[str, str]:
-    """Setting -> its description in `DPOConfig`'s docstring.
+    """Map each setting to its description in `DPOConfig`'s docstring.
 
-    Python 3.13 strips a docstring's indentation, and -OO the docstring.
+    Python 3.13 strips a docstring's indentation, and -OO strips docstrings.
     """
     parsed = docstring_parser.parse(docstring or "")
     return {
@@ -182,7 +182,7 @@ def setting_help(docstring: str | None = DPOConfig.__doc__) -> dict[str, str]:
 
 
 def _add_config(parser: Any) -> None:
-    """Every setting of `DPOConfig` as a flag, in groups."""
+    """Add every setting of `DPOConfig` as a flag, in groups."""
     parser.add_argument(
         "--config", action="config", help="A YAML file; flags win over it."
     )
@@ -231,14 +231,14 @@ def _add_demo(parser: Any) -> None:
 
 
 def run_train(**options: Any) -> None:
-    """`keras-dpo train`."""
+    """Run `keras-dpo train`."""
     from keras_dpo.runs.train import train
 
     train(DPOConfig(**options))
 
 
 def run_precompute(**options: Any) -> None:
-    """`keras-dpo precompute`: the stores' directories."""
+    """Run `keras-dpo precompute`: print the stores' directories."""
     from keras_dpo.runs.train import precompute
 
     for directory in precompute(DPOConfig(**options)):
@@ -246,7 +246,7 @@ def run_precompute(**options: Any) -> None:
 
 
 def run_plan(**options: Any) -> None:
-    """`keras-dpo plan`: nothing is trained, no weights are read."""
+    """Run `keras-dpo plan`, which neither trains nor reads weights."""
     from keras_dpo.runs.plan import plan
 
     for line in plan(DPOConfig(**options)).lines():
@@ -254,7 +254,7 @@ def run_plan(**options: Any) -> None:
 
 
 def run_inspect(show: int, **options: Any) -> None:
-    """`keras-dpo inspect`: the audit, and pairs as the model sees them."""
+    """Run `keras-dpo inspect`: print an audit and pairs as the model sees."""
     from keras_dpo.data.audit import audit, render_pair
     from keras_dpo.data.packing import Packing
     from keras_dpo.runs.build import (
@@ -263,7 +263,7 @@ def run_inspect(show: int, **options: Any) -> None:
         require,
     )
 
-    # All pairs, of what will be streamed, too.
+    # Read all pairs, even of a dataset that training streams.
     config = DPOConfig(**{**options, "streaming": False})
     require(config, "dataset_name")
     preprocessor = make_preprocessor_alone(config)
@@ -287,7 +287,7 @@ def run_inspect(show: int, **options: Any) -> None:
 
 
 def run_evaluate(**options: Any) -> None:
-    """`keras-dpo evaluate`: the metrics as one JSON object."""
+    """Run `keras-dpo evaluate`: print the metrics as one JSON object."""
     from keras_dpo.runs.train import evaluate
 
     say(json.dumps(evaluate(DPOConfig(**options)), indent=2))
@@ -300,7 +300,7 @@ def run_generate(
     max_new_tokens: int,
     sampler: str,
 ) -> None:
-    """`keras-dpo generate`."""
+    """Run `keras-dpo generate`."""
     from keras_dpo.data.preprocessor import DPOPreprocessor
     from keras_dpo.policies.generation import generate
     from keras_dpo.policies.presets import load_policy
@@ -319,7 +319,7 @@ def run_generate(
 
 
 def run_demo(save_directory: str, seed: int) -> None:
-    """`keras-dpo demo`."""
+    """Run `keras-dpo demo`."""
     from keras_dpo.runs import demo
 
     demo.run_demo(save_directory, seed)

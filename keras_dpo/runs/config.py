@@ -1,7 +1,7 @@
-"""`DPOConfig`: every setting of a run, as one dataclass.
+"""`DPOConfig`: all settings of a run in one dataclass.
 
-The Python API, the YAML file, the command's flags and the saved
-`config.yaml` are all this class.
+The Python API, YAML files, command-line flags and the saved `config.yaml` all
+use this class.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from keras_dpo.compat.outline import variables_without_values
 from keras_dpo.distribution.sharding import parse_mesh
 from keras_dpo.errors import UserError
 
-# Settings that go to the loss.
+# Settings passed on to the loss.
 LOSS_OPTIONS = (
     "beta",
     "label_smoothing",
@@ -27,9 +27,9 @@ LOSS_OPTIONS = (
     "alpha",
     "length_average",
 )
-# Peak learning rates of what is trained, where none is set. All weights: as
-# on EasyDeL's page. Adapters begin at zero and have few parameters: they take
-# rates ten to a hundred times as large (docs/real_run.md).
+# Default peak learning rates. All weights: the value on EasyDeL's page.
+# Adapters start at zero and have few parameters, so they take rates ten to a
+# hundred times larger (docs/real_run.md).
 LEARNING_RATE = 1e-6
 LORA_LEARNING_RATE = 1e-4
 
@@ -59,108 +59,110 @@ NOT_NEGATIVE = ("lora_rank", "weight_decay", "num_sample_prompts", "seed")
 class DPOConfig:
     """Settings of a preference-tuning run.
 
-    None means unset, in every setting; `resolved` says what a run then uses.
+    None means unset for every setting; `resolved` fills in what a run uses.
 
     Args:
-        model_name: Name of the run, and of its directory.
+        model_name: Name of the run and of its directory.
         repo_id: Policy: a Keras-Hub preset, `hf://owner/name`, or a
             directory.
         reference: `initial` (a snapshot of the policy), `precomputed`, or
             `none`; see also `reference_model_repo_id`.
-        reference_model_repo_id: Another model as the reference.
-        refrence_model_repo_id: The same, as EasyDeL spells it.
-        dtype: `float32`, `bfloat16` (float32 masters of what is trained) or
+        reference_model_repo_id: Another model to use as the reference.
+        refrence_model_repo_id: Alias of `reference_model_repo_id`, as EasyDeL
+            spells it.
+        dtype: `float32`, `bfloat16` (trained weights stay float32) or
             `mixed_bfloat16`.
-        attn_mechanism: `vanilla` switches Keras' flash attention off, `flash`
-            lets Keras use it where the device can, `auto` leaves Keras'
-            setting alone.
+        attn_mechanism: `vanilla` disables Keras' flash attention, `flash`
+            lets Keras use it where the device supports it, `auto` keeps Keras'
+            setting.
         attention: `auto`, `blocks`, `fused` or `keras`; see `Execution`.
-        packing: Whether all pairs of a step stand in one row without padding:
-            `auto` (where proven), `true` or `false`.
-        prompt_sharing: Whether a prompt is computed once per pair: `auto`
+        packing: Whether to pack all pairs of a step into one row without
+            padding: `auto` (where proven), `true` or `false`.
+        prompt_sharing: Whether to compute a prompt once per pair: `auto`
             (where proven), `true` or `false`.
-        remat: Whether decoder layers are computed again in the backward pass
+        remat: Whether to rematerialize decoder layers in the backward pass,
             to save memory: `auto`, `none` or `layers`.
-        reference_cache: Directory of precomputed reference log-probs; the
-            user's cache directory if left out.
-        compilation_cache: Directory where compiled steps are kept; the user's
-            cache directory if left out, `none` to keep nothing.
-        distributed: How processes of several hosts meet: `none`, `auto`, or the
-            engine that JAX asks, such as `slurm`.
-        mesh: Devices to spread over, such as `data=4,model=2`. If left out: one
-            device, or all of several processes' as `data`.
-        shard_parameters: Whether parameters, optimizer state and snapshot are
-            split over the mesh's data axis (FSDP).
+        reference_cache: Directory of precomputed reference log-probs; defaults
+            to the user's cache directory.
+        compilation_cache: Directory of the compilation cache; defaults to the
+            user's cache directory, `none` disables it.
+        distributed: How to initialize multi-process JAX: `none`, `auto`, or a
+            cluster type that JAX knows, such as `slurm`.
+        mesh: Device mesh to shard over, such as `data=4,model=2`. Defaults to
+            one device, or to all devices of several processes as `data`.
+        shard_parameters: Whether to shard parameters, optimizer state and
+            snapshot over the mesh's data axis (FSDP).
         lora_rank: Rank of LoRA adapters; 0 trains all weights.
-        lora_target_layers: Names of the layers to adapt; the family's default
-            (query and value) if left out.
+        lora_target_layers: Names of the layers to adapt; defaults to the
+            family's own (query and value).
         dataset_name: Pairs to train on: a file, a hub dataset or `tfds:NAME`.
-        dataset_split: Such as `train[:10%]`.
-        streaming: Whether pairs are read as training comes to them, not all
-            before; it needs `max_steps`, which the epochs share.
+        dataset_split: Split of the training pairs, such as `train[:10%]`.
+        streaming: Whether to read pairs during training instead of up front;
+            it needs `max_steps`, which the epochs share.
         validation_dataset_name: Pairs to validate on, if not a share of
             `dataset_name`.
         validation_split: Split of the validation pairs, or of `dataset_name`
-            if there is no `validation_dataset_name`.
-        column_map: Our field names -> the data's columns.
-        loss_type: Name of the loss, or several joined with commas.
-        loss_weights: Weights of several losses, joined with commas.
-        beta: Strength of the pull towards the reference; the loss's own if
-            left out, 0.1 for most.
-        label_smoothing: Assumed share of flipped labels; the loss's own if
-            left out, 0 for most.
-        f_divergence: `reverse_kl` (if left out), `forward_kl`, `js` or
+            without a `validation_dataset_name`.
+        column_map: Mapping from our field names to the data's columns.
+        loss_type: Name of the loss, or several separated by commas.
+        loss_weights: Weights of several losses, separated by commas.
+        beta: Strength of the pull towards the reference; defaults to the
+            loss's own, 0.1 for most.
+        label_smoothing: Assumed share of flipped labels; defaults to the
+            loss's own, 0 for most.
+        f_divergence: `reverse_kl` (the default), `forward_kl`, `js` or
             `alpha`.
         f_alpha: The alpha of `f_divergence=alpha`.
-        ld_alpha: Weight of tokens beyond the shorter completion.
-        wpo: Whether to weigh pairs by the policy's own probability.
+        ld_alpha: Weight of tokens beyond the length of the shorter completion.
+        wpo: Whether to weight pairs by the policy's own probability.
         tau: Temperature of discopop.
         dpop_lambda: Lambda of dpop.
         orpo_lambda: Lambda of orpo.
         gamma: Target margin of simpo.
         alpha: Alpha of r_dpo, odpo, beta_dpo and cpo.
         length_average: Whether ipo averages over tokens.
-        reference_free: Whether to build and run no reference.
-        sync_ref_model: Whether the reference follows the policy.
+        reference_free: Whether to train without a reference.
+        sync_ref_model: Whether to sync the reference to the policy.
         ref_model_sync_steps: Optimizer steps between syncs.
-        ref_model_mixup_alpha: Share of the policy in a sync.
-        disable_dropout: Whether dropout is off.
-        max_length: Tokens of prompt and completion together.
-        max_prompt_length: Tokens of the prompt.
-        max_completion_length: Tokens of a completion; `max_length` less
-            `max_prompt_length` if left out.
+        ref_model_mixup_alpha: Weight of the policy in a sync.
+        disable_dropout: Whether to disable dropout.
+        max_length: Maximum tokens of prompt and completion together.
+        max_prompt_length: Maximum tokens of the prompt.
+        max_completion_length: Maximum tokens of a completion; defaults to
+            `max_length` minus `max_prompt_length`.
         chat_template: `auto`, a template's name, or Jinja source.
-        chat_template_kwargs: Further variables of the chat template, such as
+        chat_template_kwargs: Extra variables for the chat template, such as
             `{"enable_thinking": false}`.
-        template_date: Date that chat templates write, such as 2026-11-28; the
-            day the run begins if left out.
+        template_date: Date that chat templates insert, such as 2026-11-28;
+            defaults to the day on which the run begins.
         on_overflow: `truncate`, `drop` or `error`.
-        learning_rate: Peak learning rate; 1e-6 if left out, or 1e-4 for LoRA
+        learning_rate: Peak learning rate; defaults to 1e-6, or 1e-4 for LoRA
             adapters.
         learning_rate_schedule: `constant`, `linear` or `cosine`.
         warmup_ratio: Share of the steps that warm up.
-        weight_decay: Of AdamW.
-        clip_norm: Global gradient norm to clip at; none if left out.
+        weight_decay: Weight decay of AdamW.
+        clip_norm: Global gradient norm to clip to; no clipping by default.
         total_batch_size: Pairs per optimizer step, over all devices and
             accumulation steps.
         gradient_accumulation_steps: Micro-batches per optimizer step.
         num_train_epochs: Passes through the data.
-        max_steps: Optimizer steps at most; all epochs if left out.
-        seed: Of the order, dropout and new adapters.
+        max_steps: Maximum number of optimizer steps; all epochs by default.
+        seed: Random seed for shuffling, dropout and new adapters.
         save_directory: Parent of the run's directory.
-        save_steps: Steps between saved policies; none if left out.
-        resume: `auto` goes on from the run's newest backup, if there is one;
-            `never` begins anew; or the path of a backup.
+        save_steps: Steps between saved policies; none by default.
+        resume: `auto` resumes from the run's newest backup, if any; `never`
+            starts over; or the path of a backup.
         backup_every: Optimizer steps between backups, or a time such as
             `10 minutes`.
-        num_backups: How many are kept.
+        num_backups: Number of backups to keep.
         do_last_save: Whether to save the policy at the end.
         log_steps: Steps between logged metrics.
         evaluation_batch_size: Pairs per validation batch.
-        num_sample_prompts: Held-out prompts answered before and after.
-        max_new_tokens: Length of those answers.
+        num_sample_prompts: Prompts to answer before and after training, held
+            out if there are validation pairs.
+        max_new_tokens: Maximum tokens of those answers.
         use_wandb: Whether to log to Weights & Biases.
-        wandb_project: Its project.
+        wandb_project: Name of the Weights & Biases project.
     """
 
     model_name: str = "DPOTrainer"
@@ -249,7 +251,7 @@ class DPOConfig:
         self._check_values_are_there()
         self._check_numbers()
         self._check_flags_that_go_together()
-        # JAX must not begin before the processes of a run have met.
+        # JAX backends must not start before multi-process initialization.
         with variables_without_values():
             self.make_loss()
 
@@ -299,7 +301,7 @@ class DPOConfig:
             )
 
     def unread_flags(self) -> list[str]:
-        """One line for each setting that this run does not read."""
+        """One line per setting that has no effect on this run."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         names = []
         if not self.sync_ref_model:
@@ -312,7 +314,7 @@ class DPOConfig:
         ]
 
     def _check_flags_that_go_together(self) -> None:
-        """Settings that contradict each other are an error."""
+        """Raise if settings contradict each other."""
         without = self.reference_free or self.reference == "none"
         if self.reference_cache and self.reference != "precomputed":
             raise UserError(
@@ -356,10 +358,10 @@ class DPOConfig:
             )
 
     def resolved(self) -> "DPOConfig":
-        """The config with what is unset filled in: what a run uses.
+        """The config with unset settings filled in, as a run uses it.
 
-        An option of which several losses take each their own stays unset, and
-        so does what no loss reads.
+        Options whose default differs between several losses stay unset, and
+        so do options that no loss reads.
         """
         loss = self.make_loss()
         options = [x.get_config() for x in getattr(loss, "losses", [loss])]
@@ -375,7 +377,7 @@ class DPOConfig:
         return dataclasses.replace(self, **used)
 
     def make_loss(self) -> losses.PreferenceLoss:
-        """The loss that the options describe.
+        """Build the loss that the options describe.
 
         Raises:
             ValueError: A name is unknown, or an option is set that none of
@@ -386,7 +388,7 @@ class DPOConfig:
         except UserError:
             raise
         except ValueError as error:
-            # Losses know nothing of this package, its errors neither.
+            # Losses import nothing of this package, not even its errors.
             raise UserError(str(error)) from error
 
     def _make_loss(self) -> losses.PreferenceLoss:

@@ -1,4 +1,4 @@
-"""`config.yaml`: what a run uses, written when it begins."""
+"""`config.yaml`: the settings of a run, written when it begins."""
 
 import dataclasses
 import datetime
@@ -19,8 +19,8 @@ from keras_dpo.utils.redaction import without_secrets
 class ConfigFile(keras.callbacks.Callback):
     """Writes a run's config when training begins.
 
-    Not before: a start that is refused must leave the config of the run that
-    the directory holds.
+    Not earlier, because a rejected start must not overwrite the config of the
+    run already in the directory.
     """
 
     def __init__(self, config: DPOConfig, path: pathlib.Path) -> None:
@@ -33,7 +33,7 @@ class ConfigFile(keras.callbacks.Callback):
 
 
 def write_config(config: DPOConfig, path: pathlib.Path) -> None:
-    """Write the config beside its place and rename it there."""
+    """Write the config atomically, without secrets."""
     text = yaml.safe_dump(
         without_secrets(dataclasses.asdict(config)), sort_keys=False
     )
@@ -41,13 +41,13 @@ def write_config(config: DPOConfig, path: pathlib.Path) -> None:
 
 
 def with_date_of_run(config: DPOConfig, directory: pathlib.Path) -> DPOConfig:
-    """The config with the day that the run began, for chat templates.
+    """The config with the date on which the run began, for chat templates.
 
-    A run that goes on another day sees the prompts that it began with.
+    A run resumed on another day then sees the same prompts.
     """
     if config.template_date is not None:
         return config
-    # Where the backup lies that the run goes on from, if there is one.
+    # Directories that may hold the backup to resume from.
     places = {"auto": [directory], "never": []}.get(
         config.resume, list(pathlib.Path(config.resume).parents)[:2]
     )

@@ -2,8 +2,8 @@
 
 A small Keras-Hub model is first trained on generated text in which a right
 and a wrong answer are equally likely, so it knows both and prefers neither.
-Preference pairs on some wordings of each question then tell it which to give,
-and the other wordings, held out, show that it learned the fact.
+Preference pairs on some wordings of each question then teach it which to give,
+and held-out wordings show that it learned the fact.
 """
 
 import json
@@ -69,7 +69,7 @@ class Question(NamedTuple):
 
 
 def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
-    """(training, held-out) questions: one wording of each fact is held out."""
+    """Make (training, held-out) questions; one wording per fact is held out."""
     chance = random.Random(seed)
     facts: list[tuple[str, tuple[str, ...], str, str]] = []
     for row in CAPITALS.split(";"):
@@ -99,7 +99,7 @@ def make_questions(seed: int) -> tuple[list[Question], list[Question]]:
 
 
 def make_tokenizer(questions: list[Question]) -> Any:
-    """A word-level Hugging Face tokenizer of the demo's own words."""
+    """Make a word-level Hugging Face tokenizer for the demo's words."""
     import tokenizers
     import transformers
 
@@ -128,7 +128,7 @@ def make_tokenizer(questions: list[Question]) -> Any:
 def make_undecided_policy(
     questions: list[Question], tokenizer: Any, epochs: int
 ) -> keras.Model:
-    """A tiny Qwen3 that gives right and wrong answers equally often."""
+    """Train a tiny Qwen3 to give right and wrong answers equally often."""
     import keras_hub
 
     backbone = keras_hub.models.Qwen3Backbone(
@@ -170,7 +170,7 @@ def make_undecided_policy(
 def count_right(
     policy: keras.Model, preprocessor: DPOPreprocessor, questions: Any
 ) -> int:
-    """Questions that the policy answers rightly."""
+    """Number of questions that the policy answers correctly."""
     prompts = [question.prompt for question in questions]
     answers = generate(policy, preprocessor, prompts, max_new_tokens=4)
     return sum(
@@ -190,15 +190,15 @@ def _write_pairs(questions: list[Question], path: pathlib.Path) -> None:
 def run_demo(
     directory: str = "keras_dpo_demo", seed: int = 0, epochs: int = 8
 ) -> tuple[float, float]:
-    """Run the demo and say what happened.
+    """Run the demo and print its results.
 
     Args:
-        directory: Everything is written below it.
-        seed: Of questions, weights and order.
+        directory: Directory that everything is written to.
+        seed: Random seed for questions, weights and order.
         epochs: Passes through the preference pairs.
 
     Returns:
-        Shares of held-out questions answered rightly, before and after.
+        Fractions of held-out questions answered correctly, before and after.
     """
     root = pathlib.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
@@ -224,8 +224,8 @@ def run_demo(
             dataset_name=str(root / "train.jsonl"),
             validation_dataset_name=str(root / "held_out.jsonl"),
             save_directory=str(root),
-            # The sft term keeps right answers likely; alone, the margin may
-            # also grow by both answers becoming unlikely.
+            # The sft term keeps right answers likely; without it the margin
+            # may also grow by both answers becoming unlikely.
             loss_type="sigmoid,sft",
             loss_weights="1,0.3",
             learning_rate=1e-3,

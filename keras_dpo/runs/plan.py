@@ -1,4 +1,4 @@
-"""What a step would take, before any weights are there."""
+"""Predict a step's memory and work without any weights."""
 
 import math
 from typing import Any
@@ -28,11 +28,11 @@ from keras_dpo.training.memory import MemoryReport, extrapolate
 
 
 def plan(config: DPOConfig) -> MemoryReport:
-    """What a config's training step takes, without the policy's weights.
+    """Predict a training step's memory and work without loading weights.
 
-    The step is compiled for a policy of two and of four layers; the rest
-    follows, for a decoder's layers are alike. A mesh is one of simulated CPU
-    devices, unless JAX has begun with others; bytes are of one of them.
+    The step is compiled for policies of two and four layers and extrapolated,
+    because a decoder's layers are alike. A mesh consists of simulated CPU
+    devices, unless JAX is already initialized; bytes are per device.
 
     Raises:
         ValueError: A setting or the data is wrong.
@@ -71,7 +71,7 @@ def plan(config: DPOConfig) -> MemoryReport:
 
 
 def longest_pair(config: DPOConfig) -> dict[str, list[int]]:
-    """Token ids of a pair that takes all that the limits allow."""
+    """Token ids of the longest pair that the limits allow."""
     prompt = config.max_prompt_length
     completion = config.max_completion_length or config.max_length - prompt
     return {

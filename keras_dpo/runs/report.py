@@ -1,4 +1,4 @@
-"""`report.html`: one page, no scripts, nothing to download."""
+"""`report.html`: a self-contained page without scripts or downloads."""
 
 import html
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from keras_dpo.utils.files import write_beside
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 220, 52, 28
-# Of a chart's values, as a share of the largest.
+# Minimum span of a chart's y axis, as a share of the largest value.
 LEAST_SPAN = 0.05
 COLORS = ("#1a6fb0", "#c8501e")
 CHARTS = (
@@ -43,14 +43,14 @@ def write_report(
     before: list[dict[str, str]],
     after: list[dict[str, str]],
 ) -> None:
-    """Write the page from the run's `metrics.jsonl` and what is given.
+    """Write the page from the run's `metrics.jsonl` and the arguments.
 
     Args:
-        directory: The run's; the page is written beside and renamed.
+        directory: The run's directory; the page is written atomically.
         title: Name of the run.
-        data_lines: The data report.
+        data_lines: Lines of the data report.
         before: Samples with `prompt` and `policy` from before training.
-        after: The same from after it.
+        after: Samples from after training, in the same format.
     """
     path = directory / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -115,10 +115,10 @@ def _chart(
 
 
 def _axes(points: Points) -> tuple[Callable[[Point], Point], list[str]]:
-    """(where a point is drawn, the grid with its numbers)."""
+    """(function from a point to its pixel, SVG of the grid and its labels)."""
     xs, ys = zip(*points, strict=True)
     low, high = min(ys), max(ys)
-    # A change of the sixth digit must not fill the chart.
+    # A change in the sixth digit must not fill the chart.
     least = LEAST_SPAN * max(abs(low), abs(high)) or LEAST_SPAN
     pad = max(0.05 * (high - low), (least - (high - low)) / 2)
     low, high = low - pad, high + pad

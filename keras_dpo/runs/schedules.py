@@ -14,8 +14,8 @@ class WarmupThenDecay(keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         peak: The highest learning rate.
-        steps: Optimizer steps of the whole run.
-        warmup_steps: Steps that warm up; step 0 already moves.
+        steps: Total optimizer steps of the run.
+        warmup_steps: Number of warm-up steps; step 0 is already above zero.
         decay: `"constant"`, `"linear"` or `"cosine"`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Config -> trained model."""
+"""`train`, `evaluate` and `precompute`: run a config."""
 
 import dataclasses
 import pathlib
@@ -43,7 +43,7 @@ from keras_dpo.utils.redaction import without_secrets
 
 
 class TrainingRun(NamedTuple):
-    """What `train` leaves in memory; the same is on disk in `directory`."""
+    """The result of `train`; `directory` holds the same on disk."""
 
     model: DPOModel
     history: dict[str, list[float]]
@@ -51,7 +51,7 @@ class TrainingRun(NamedTuple):
 
 
 def train(config: DPOConfig) -> TrainingRun:
-    """Preference-tune a policy as a config says.
+    """Preference-tune a policy according to a config.
 
     Writes `config.yaml`, `metrics.jsonl`, `policy/`, `checkpoints/` and
     `report.html` to `<save_directory>/<model_name>/`.
@@ -66,14 +66,14 @@ def train(config: DPOConfig) -> TrainingRun:
             f"{directory} is a symbolic link, and a run writes to a directory "
             "of its own. Choose another model_name."
         )
-    # First: processes must meet before JAX begins.
+    # First, since multi-process JAX must be initialized before any backend.
     choose_mesh(config)
     with locked(directory, "Training"):
         return _train(config, directory)
 
 
 def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
-    """Train in a directory that no other run writes to."""
+    """Train in a directory that is locked for this run."""
     unset, config = config, with_date_of_run(config.resolved(), directory)
     directory.mkdir(parents=True, exist_ok=True)
     for line in config.unread_flags():
@@ -131,7 +131,7 @@ def _make_compiled(
     preprocessor: Any,
     steps: int,
 ) -> DPOModel:
-    """The model, compiled as the config says."""
+    """Build the model, compiled according to the config."""
     model = make_model(config, policy, preprocessor)
     model.compile(
         optimizer=make_optimizer(config, steps),
@@ -147,7 +147,7 @@ def _say_default_rate(config: DPOConfig) -> None:
 
 
 def evaluate(config: DPOConfig) -> dict[str, float]:
-    """Loss and metrics of a policy against a config's reference and pairs.
+    """Compute loss and metrics on a config's pairs, against its reference.
 
     Raises:
         ValueError: A setting, the data or the model is wrong.
@@ -184,10 +184,10 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
 
 
 def precompute(config: DPOConfig) -> list[pathlib.Path]:
-    """Store the reference's log-probs of a config's training pairs.
+    """Store the reference's log-probs for training and validation pairs.
 
-    And of its validation pairs. A training run with `reference: precomputed`
-    and the same settings reads them. Returns the stores' directories.
+    A training run with `reference: precomputed` and the same settings reads
+    them. Returns the stores' directories.
 
     Raises:
         ValueError: A setting, the data or the model is wrong.
@@ -208,7 +208,7 @@ def precompute(config: DPOConfig) -> list[pathlib.Path]:
 
 
 def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:
-    """A few prompts, of rows that hold text."""
+    """The first prompts of a dataset, from rows that hold text."""
     prompts = [
         {"prompt": r["prompt"], "tools": r["tools"]}
         if "tools" in r
@@ -222,7 +222,7 @@ def sample_prompts(config: DPOConfig, dataset: PreferenceDataset) -> list[Any]:
 def show_answers(
     before: list[dict[str, str]], after: list[dict[str, str]]
 ) -> None:
-    """Print answers from before and after training."""
+    """Print the answers from before and after training."""
     for old, new in zip(before, after, strict=True):
         say(f"Prompt: {new['prompt']}")
         say(f"  before: {old['policy']}")

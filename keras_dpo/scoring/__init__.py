@@ -1,5 +1,5 @@
-"""A policy and a batch in, log-probs of the completion tokens out.
+"""Log-probs of completion tokens, from a policy and a batch.
 
-Imports `compat` and `distribution`; never a dataset, a reference or a training
-step.
+Imports `compat` and `distribution`; never datasets, references or training
+steps.
 """

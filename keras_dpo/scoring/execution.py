@@ -1,4 +1,4 @@
-"""`Execution`: which fast paths a policy is run on, and why not."""
+"""`Execution`: the fast paths a policy runs on, and why others are off."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -52,28 +52,28 @@ PACKED_FAMILIES = (
 class Execution:
     """How a policy runs on a batch; every choice gives the same numbers.
 
-    `"auto"` takes a fast path where the policy's family is proven. What a
-    model runs, `DPOModel.execution`, holds no `"auto"` but that of `remat`,
-    which `fit` decides when it sees the data.
+    `"auto"` takes a fast path if the policy's family is proven to support it.
+    `DPOModel.execution` is resolved but for `remat`, which `fit` decides when
+    it sees the data.
 
     Args:
         split_head: Whether logits are computed for completion tokens alone;
             False takes them from the whole output.
-        packing: Whether all pairs of a step are packed into one row without
-            padding; False, one row per pair.
-        prompt_sharing: Whether a prompt is computed once per pair; False, with
-            each completion.
+        packing: Whether all pairs of a device and micro-batch are packed into
+            one row without padding; False gives each pair its own row.
+        prompt_sharing: Whether a prompt is computed once per pair; False
+            recomputes it with each completion.
         attention: `"blocks"` (loops over blocks of keys, for CPU) and
             `"fused"` (`jax.nn.dot_product_attention` on GPU, the splash kernel
             on TPU) materialize no scores; `"keras"` is the family's own
             attention, on padded sequences: no packing, no sharing.
         remat: `"layers"` rematerializes each decoder layer in the backward
-            pass instead of keeping its activations; `"none"`; `"auto"`, layers
-            where the step would not fit the memory otherwise.
+            pass, `"none"` keeps its activations; `"auto"` is `"layers"` only
+            if the step would not fit in memory otherwise.
         notes: Fast paths that are off, and why; filled in by `resolve`.
 
     Raises:
-        ValueError: A choice is not one of these.
+        ValueError: An option has an unknown value.
 
     Example:
 
@@ -107,14 +107,14 @@ class Execution:
                 )
 
     def get_config(self) -> dict[str, Choice]:
-        """The choices, as arguments."""
+        """The choices, as keyword arguments."""
         config = dataclasses.asdict(self)
         del config["notes"]
         return config
 
     @property
     def in_rows(self) -> bool:
-        """Whether batches are rows of `data.packing`."""
+        """Whether batches are packed rows of `data.packing`."""
         return self.attention != "keras"
 
     @property
@@ -123,7 +123,7 @@ class Execution:
         return self.remat == "layers"
 
     def without_remat(self) -> "Execution":
-        """The same run, of which no gradient is taken."""
+        """A copy with `remat="none"`, such as for passes without a gradient."""
         return dataclasses.replace(self, remat="none")
 
     def resolve(
@@ -132,15 +132,15 @@ class Execution:
         others: Sequence[keras.Model],
         disable_dropout: bool,
     ) -> "Execution":
-        """Decide what is `"auto"`, by what the models are.
+        """Resolve what is `"auto"` for the given models.
 
         Args:
             policy: The policy.
-            others: Models that run on the same batches: a reference.
+            others: Other models that run on the same batches: a reference.
             disable_dropout: Whether dropout is off while training.
 
         Raises:
-            ValueError: A path was asked for that a model cannot take.
+            ValueError: A model does not support a path that was requested.
         """
         resolved = self._resolve_rows(policy, others, disable_dropout)
         why_not = None
@@ -162,7 +162,7 @@ class Execution:
         others: Sequence[keras.Model],
         disable_dropout: bool,
     ) -> "Execution":
-        """Decide all but `remat`."""
+        """Resolve all but `remat`."""
         if self.split_head is True and not can_split_head(policy):
             raise UserError(
                 "split_head=True needs a family whose head is proven to split. "
@@ -209,7 +209,7 @@ class Execution:
 
 
 def can_split_head(policy: keras.Model) -> bool:
-    """Whether the vocabulary product can run on chosen positions alone."""
+    """Whether the vocabulary product can run on selected positions alone."""
     name = type(policy).__name__.removesuffix("CausalLM")
     backbone = getattr(policy, "backbone", None)
     embedding = getattr(backbone, "token_embedding", None)
@@ -219,7 +219,7 @@ def can_split_head(policy: keras.Model) -> bool:
 def _why_not_in_rows(
     models: Sequence[keras.Model], disable_dropout: bool
 ) -> str | None:
-    """What keeps one of the models from running on packed rows."""
+    """Why one of the models cannot run on packed rows, or None."""
     for model in models:
         name = type(model).__name__
         family = name.removesuffix("CausalLM")

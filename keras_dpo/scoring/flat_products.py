@@ -1,11 +1,11 @@
-"""Products of all tokens with a kernel, as two-dimensional ones.
+"""Products of tokens with kernels, flattened to two-dimensional matmuls.
 
-XLA's CPU backend lays the operands of a kernel's gradient out anew where a
-token has more than one leading axis, and computes the values before it a second
-time in the transposed order: a quarter of a training step (JAX 0.10). Kernels
-see `(tokens, features)` here, and their gradients read values as they lie.
+If tokens have more than one leading axis, XLA's CPU backend copies the operands
+of a kernel's gradient to another layout, and recomputes their producers in the
+transposed order: a quarter of a training step (JAX 0.10). Here kernels see
+`(tokens, features)`, and their gradients read values in place.
 
-Of bfloat16 the same backend is twice as fast with a float32 result, and with
+In bfloat16 the same backend is twice as fast with a float32 result, and with
 operands that need no transposition (see `compilation.compiler_options`).
 """
 
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import keras
 
 Array = jax.Array
-# Sides of the squares that a transposition moves.
+# Side of the square tiles that a transposition moves.
 TILE = 32
 
 
 @jax.custom_vjp
 def product(inputs: Array, kernel: Array) -> Array:
-    """`(tokens, features) x (features, units)`."""
+    """Matrix product `(tokens, features) x (features, units)`."""
     return _product("tf,fu->tu", inputs, kernel)
 
 
@@ -34,7 +34,7 @@ def _forward(inputs: Array, kernel: Array) -> tuple[Array, Any]:
 
 def _backward(kept: Any, gradient: Array) -> tuple[Array, Array]:
     inputs, kernel = kept
-    # What comes before is computed once, not inside each product.
+    # Materialize the producers once, not inside each product.
     inputs, gradient = jax.lax.optimization_barrier((inputs, gradient))
     d_inputs = _product("tu,fu->tf", gradient, kernel)
     return d_inputs, _product("ft,tu->fu", transposed(inputs), gradient)
@@ -49,9 +49,9 @@ def _product(equation: str, left: Array, right: Array) -> Array:
 
 
 def transposes_before(dtype: Any) -> bool:
-    """Whether a product that reads rows alone is worth a transposition.
+    """Whether to transpose operands, so that products read whole rows.
 
-    Of bfloat16 on one CPU, where any other is half as fast.
+    True for bfloat16 on one CPU, where any other product is half as fast.
     """
     return (
         dtype == "bfloat16"
@@ -61,10 +61,10 @@ def transposes_before(dtype: Any) -> bool:
 
 
 def transposed(matrix: Array) -> Array:
-    """The transpose; where `transposes_before`, one that is there in memory.
+    """The transpose, materialized if `transposes_before`.
 
-    A plain one XLA makes part of the product, of one that it has begun with
-    bfloat16 even where it cannot run that.
+    XLA fuses a plain transpose into the product, even into a bfloat16 product
+    that it then cannot run.
     """
     if not transposes_before(matrix.dtype):
         return matrix.T
@@ -76,7 +76,7 @@ def transposed(matrix: Array) -> Array:
 
 
 def flat_matmul(matmul: Callable[..., Any]) -> Callable[..., Any]:
-    """`keras.ops.matmul` that flattens the tokens before a kernel."""
+    """Wrap `keras.ops.matmul` to flatten the tokens before a kernel."""
 
     def flat(inputs: Any, kernel: Any) -> Any:
         if not _are_tokens(inputs) or inputs.ndim < 3:
@@ -91,7 +91,7 @@ def flat_matmul(matmul: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def flat_einsum(einsum: Callable[..., Any]) -> Callable[..., Any]:
-    """`keras.ops.einsum` that flattens the tokens before a kernel.
+    """Wrap `keras.ops.einsum` to flatten the tokens before a kernel.
 
     For equations of `EinsumDense`, such as `bqm,muh->bquh`.
     """
@@ -118,7 +118,7 @@ def flat_einsum(einsum: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _are_tokens(inputs: Any) -> bool:
-    """Not LoRA's product of two variables, nor quantized integers."""
+    """Excludes LoRA's product of two variables, and quantized integers."""
     floating = isinstance(inputs, Array) and jnp.issubdtype(
         inputs.dtype, jnp.floating
     )
@@ -126,7 +126,7 @@ def _are_tokens(inputs: Any) -> bool:
 
 
 def _kernel_axes(equation: str) -> tuple[int, int, list[int]] | None:
-    """(leading axes, contracted axes, the kernel's order); None: other."""
+    """(leading, contracted axes, kernel's axis order); None if unsupported."""
     inputs, _, rest = equation.partition(",")
     kernel, _, output = rest.partition("->")
     contracted = [label for label in inputs if label not in output]

@@ -1,7 +1,7 @@
-"""Policy + batch -> log-probability of every completion token.
+"""Log-probability of every completion token, from a policy and a batch.
 
-The only caller of the model. Runs inside a `keras.StatelessScope` that says
-which values the model's variables have.
+The only caller of the model. Runs inside a `keras.StatelessScope` that sets
+the values of the model's variables.
 """
 
 from collections.abc import Collection
@@ -27,7 +27,7 @@ SPLIT_HEAD = Execution(split_head=True)
 
 
 def completion_mask(batch: Batch) -> Array:
-    """1.0 where `completion_ids` holds a scored token, `(pairs, 2, tokens)`."""
+    """Float mask of the scored `completion_ids`, `(pairs, 2, tokens)`."""
     return batch["completion_mask"].astype("float32")
 
 
@@ -40,8 +40,8 @@ def completion_statistics(
 ) -> TokenStatistics:
     """Statistics of the completion tokens, each `(pairs, 2, tokens)`.
 
-    Positions that are not scored hold values of no meaning; the mask comes
-    from lengths, so that a pad token equal to EOS changes nothing.
+    Values at positions that are not scored are meaningless. The padding mask
+    comes from lengths, so a pad token equal to EOS changes nothing.
 
     Args:
         policy: A Keras-Hub `CausalLM`, or a model from `{"token_ids",
@@ -50,7 +50,7 @@ def completion_statistics(
             `completion_lengths` `(pairs, 2)`, all int32, and either
             `token_ids` `(pairs, 2, length)` or the rows of
             `data.packing.pack_batch`.
-        execution: How the policy runs, resolved. (Rows are run as rows.)
+        execution: Resolved execution. (Rows always run as rows.)
         training: Whether dropout is on.
         wanted: Further fields of `TokenStatistics` to fill.
     """
@@ -91,7 +91,7 @@ def _row_statistics(
     execution: Execution,
     wanted: Collection[str],
 ) -> TokenStatistics:
-    """The same, from packed rows, in chunks of scored tokens."""
+    """Completion statistics of packed rows, in chunks of scored tokens."""
     hidden = packed_hidden_states(policy, batch, execution)
     states = jnp.take_along_axis(
         hidden, batch["scored_states"][..., None], axis=1

@@ -1,10 +1,10 @@
-"""Rows of packed pairs through a Keras-Hub backbone's own layers.
+"""Runs rows of packed pairs through a Keras-Hub backbone's own layers.
 
-The one place that reaches into Keras-Hub. Its decoder layers hand queries and
-unrepeated keys to an attention function, with the position of every token,
-where a serving context says so (`keras_hub.src.vllm`, Keras-Hub 0.32): rows
-use that way in. Phi3 and SmolLM3 have no such way and are patched for the
-duration of a call. `tests/test_packed_backbone.py` tells when upstream changes.
+The one place that reaches into Keras-Hub. Inside a serving context
+(`keras_hub.src.vllm`, Keras-Hub 0.32) its decoder layers pass queries,
+unrepeated keys and the position of every token to an attention function: packed
+rows use that hook. Phi3 and SmolLM3 lack it and are patched for the duration of
+a call. `tests/test_packed_backbone.py` tells when upstream changes.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from keras_dpo.utils.arrays import BLOCK
 
 Array = jax.Array
 Batch = dict[str, Array]
-# Told (settings) of each layer; a stand-in for the attention itself.
+# (query, key, value, settings) -> output, in place of each layer's attention.
 AttentionFunction = Callable[[Array, Array, Array, Settings], Array]
 
 
 def packed_hidden_states(
     policy: keras.Model, batch: Batch, execution: Execution
 ) -> Array:
-    """The last hidden states of every row, `(rows, length, hidden)`.
+    """Final hidden states of every row, `(rows, length, hidden)`.
 
     Args:
         policy: A Keras-Hub `CausalLM` of `PACKED_FAMILIES`.
-        batch: What `data.packing.pack_batch` returns.
-        execution: How the policy runs, resolved.
+        batch: A batch of packed rows, from `data.packing.pack_batch`.
+        execution: Resolved execution.
     """
     rows, length = batch["row_ids"].shape
     hidden = run_backbone(
@@ -67,7 +67,7 @@ def run_backbone(
     attention: AttentionFunction,
     execution: Execution,
 ) -> Array:
-    """Flat tokens through the backbone, `(tokens, hidden)`."""
+    """Run flat tokens through the backbone; returns `(tokens, hidden)`."""
     from keras_hub.src.vllm.context import vllm_context_scope
 
     def paged_attention(
@@ -113,7 +113,7 @@ def run_layers(
     execution: Execution,
     training: bool = False,
 ) -> Array:
-    """The backbone on a batch, `(rows, length, hidden)`.
+    """Run the backbone on a batch; returns `(rows, length, hidden)`.
 
     Args:
         backbone: A Keras-Hub backbone.
@@ -133,7 +133,7 @@ def run_layers(
             return run
 
         def call(hidden: Array, *args: Any, **kwargs: Any) -> Array:
-            # Or a mesh spreads states by features, as some kernels lie.
+            # Otherwise a mesh shards states by features, like some kernels.
             hidden = rows_on_devices(hidden)
             if not remat:
                 return run(hidden, *args, **kwargs)
@@ -146,12 +146,12 @@ def run_layers(
 
 
 def _computed_again(layer: Callable[[Array], Array], inputs: Array) -> Array:
-    """`layer(inputs)`, of which the backward pass keeps the inputs alone.
+    """`layer(inputs)`, rematerialized from its inputs in the backward pass.
 
     `jax.checkpoint` would do, but XLA's CPU backend (JAX 0.10) drops its
-    barriers and computes all layers again at the start of the backward pass,
-    which keeps what was to be saved. Here the inputs wait for the gradient: a
-    sum that no optimization may drop.
+    barriers and recomputes all layers at the start of the backward pass, which
+    saves no memory. Here the inputs wait for the gradient: a sum that no
+    optimization may drop.
     """
     converted, constants = jax.closure_convert(layer, inputs)
 
@@ -170,7 +170,7 @@ def _computed_again(layer: Callable[[Array], Array], inputs: Array) -> Array:
             gradient
         )
         if _simulates_mesh():
-            # Or all layers' gradients are summed at once, whole, at the end.
+            # Otherwise all layers' gradients are summed at the end, unsharded.
             for d in d_constants:
                 if jnp.issubdtype(d.dtype, jnp.floating):
                     first = d.reshape(-1)[0].astype(d_inputs.dtype)
@@ -182,10 +182,10 @@ def _computed_again(layer: Callable[[Array], Array], inputs: Array) -> Array:
 
 
 def _gathered_after(signal: Array, kernels: Sequence[Array]) -> Sequence[Array]:
-    """Kernels that are gathered for this pass alone.
+    """Kernels that are gathered for this pass only.
 
-    Fully sharded kernels would be gathered once for both passes and kept,
-    which keeps a whole copy of the policy.
+    Otherwise fully sharded kernels would be gathered once for both passes,
+    which keeps a whole copy of the policy in memory.
     """
     if data_parallel_size() == 1:
         return kernels
@@ -202,8 +202,8 @@ def _simulates_mesh() -> bool:
     """Whether XLA's CPU backend compiles for a mesh.
 
     It drops barriers, gathers all layers at the start and sums all gradients
-    at the end; sums with zeros keep it to one layer at a time, as other
-    backends do, so that `keras-dpo plan` tells what those need.
+    at the end. Adding zeros limits it to one layer at a time, like other
+    backends, so that `keras-dpo plan` predicts what those need.
     """
     return jax.default_backend() == "cpu" and data_parallel_size() > 1
 
@@ -228,7 +228,7 @@ def layer_settings(backbone: keras.Model) -> list[Settings]:
 
 
 def _row_attention(batch: Batch) -> AttentionFunction:
-    """Attention among the tokens of each of the batch's rows."""
+    """Attention function within each of the batch's rows."""
     rows, length = batch["row_ids"].shape
 
     def attention(
@@ -254,7 +254,7 @@ def _over_sequences(
     attend = functools.partial(
         attend_in_sequences, settings=settings, splash=splash
     )
-    # XLA cannot split the kernel over devices itself.
+    # XLA cannot partition the splash kernel over devices itself.
     return (over_rows(attend) if splash else attend)(
         query,
         key,
@@ -266,7 +266,7 @@ def _over_sequences(
 
 
 def _attends_by_splash() -> bool:
-    """Whether TPU's kernel runs: each device must have whole heads."""
+    """Whether to use TPU's splash kernel: it needs whole heads per device."""
     distribution = keras.distribution.distribution()
     devices = (
         1 if distribution is None else distribution.device_mesh.devices.size
@@ -277,10 +277,10 @@ def _attends_by_splash() -> bool:
 def _over_blocks(
     query: Array, key: Array, value: Array, batch: Batch, settings: Settings
 ) -> Array:
-    """`attend_in_blocks` row by row; on a mesh each device has its own."""
+    """`attend_in_blocks` row by row; on a mesh each device runs its own."""
     window = settings.window
     if f"blocks_{window}" not in batch:
-        window = 0  # A window that no sequence is longer than.
+        window = 0  # No sequence is longer than the window.
     pattern = Row(
         batch["row_segments"],
         batch["row_positions"],
@@ -311,7 +311,7 @@ def _over_blocks(
 def _families_without_a_way_in(
     backbone: keras.Model, positions: Array
 ) -> Iterator[None]:
-    """Give Phi3 and SmolLM3 positions and the context's attention."""
+    """Patch positions and the context's attention into Phi3 and SmolLM3."""
     from keras_hub.src.layers.modeling.rotary_embedding import RotaryEmbedding
     from keras_hub.src.models.phi3.phi3_attention import Phi3Attention
     from keras_hub.src.models.smollm3 import smollm3_layers
@@ -329,7 +329,7 @@ def _families_without_a_way_in(
         self: Any, query: Array, key: Array, value: Array, *_: Any, **__: Any
     ) -> Array:
         groups = self.num_key_value_groups
-        # Every group's heads hold the same repeated key.
+        # All heads of a group hold the same repeated key.
         return vllm_paged_attention(
             query,
             key[:, :, ::groups],
@@ -338,7 +338,7 @@ def _families_without_a_way_in(
         )
 
     def at_positions(original: Any) -> Any:
-        """Rotate by the table of all positions, read at each token's own."""
+        """Look up each token's position in a rotary table of all positions."""
 
         def embedding(self: Any, inputs: Array, *_: Any, **__: Any) -> Any:
             shape = (1, inputs.shape[0], *inputs.shape[2:])

@@ -1,8 +1,8 @@
 """Attention within rows of packed pairs, without stored scores.
 
-Two implementations of one pattern: `attend_in_blocks` goes through the blocks
+Two implementations of one pattern: `attend_in_blocks` loops over the key blocks
 that a block of tokens sees, and recomputes scores in the backward pass;
-`attend_in_sequences` lays whole sequences out and calls JAX' fused attention.
+`attend_in_sequences` unpacks whole sequences and calls JAX' fused attention.
 Neither repeats keys and values for grouped queries.
 """
 
@@ -19,18 +19,18 @@ from keras_dpo.utils.arrays import BLOCK, SEGMENTS
 
 Array = jax.Array
 MASKED = -1e30
-# Blocks of keys of one turn of the inner loop; the fastest on CPU.
+# Key blocks per iteration of the inner loop; the fastest on CPU.
 KEY_BLOCKS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a layer's attention is told.
+    """A layer's attention settings.
 
     Args:
         scale: Factor on the scores.
-        window: Tokens back that are seen; 0 for all.
-        soft_cap: Bound of the scores, by tanh; None for none.
+        window: Size of the sliding window, in tokens; 0 for none.
+        soft_cap: Bound on the scores, by tanh; None for none.
     """
 
     scale: float
@@ -39,7 +39,7 @@ class Settings:
 
 
 class Row(NamedTuple):
-    """Integers that say what a row's tokens see; see `data.packing`."""
+    """Integers that encode what a row's tokens see; see `data.packing`."""
 
     segments: Array
     positions: Array
@@ -55,7 +55,7 @@ def attend_in_blocks(
 
     Online softmax over blocks of keys (FlashAttention-2,
     [Dao, 2023](https://arxiv.org/abs/2307.08691), algorithms 1 and 2), in
-    loops whose lengths are the blocks that are seen.
+    loops over the visible blocks only.
 
     Args:
         query: `(groups, queries, length, head)`: the heads that share a key
@@ -98,7 +98,7 @@ def _forward(
             _turns(row, i),
             key_blocks,
             (
-                # Above what is masked: tokens that see nothing give zero.
+                # Above `MASKED`, so that tokens that see nothing give zero.
                 jnp.full(shape, 0.1 * MASKED, "float32"),
                 jnp.zeros(shape, "float32"),
                 jnp.zeros(block.shape, "float32"),
@@ -179,12 +179,12 @@ attend_in_blocks.defvjp(_forward, _backward)
 
 
 def _turns(row: Row, i: Array) -> Array:
-    """Turns of the inner loop for token block i."""
+    """Iterations of the inner loop for token block i."""
     return -(-row.counts[i] // KEY_BLOCKS)
 
 
 def _places(row: Row, i: Array, n: Array) -> list[Array]:
-    """Key blocks of turn n; what does not exist is not seen."""
+    """Key blocks of iteration n; those that do not exist are masked."""
     last = row.blocks.shape[1] - 1
     turns = [n * KEY_BLOCKS + k for k in range(KEY_BLOCKS)]
     return [row.blocks[i, jnp.minimum(turn, last)] for turn in turns]
@@ -207,11 +207,11 @@ def _scores(
 
 
 def _sees(row: Row, i: Array, window: int) -> Array:
-    """What token block i sees of its key blocks, `(BLOCK, blocks * BLOCK)`.
+    """Mask of the keys that token block i sees, `(BLOCK, blocks * BLOCK)`.
 
-    Tokens see those before them in their own segment and in their prompt. Made
-    once for the inner loop: inside it XLA would fuse it, slowly, with the
-    scores.
+    Tokens see those before them in their own segment and in their prompt.
+    Computed once, outside the inner loop, where XLA would fuse it, slowly,
+    with the scores.
     """
     inside = jnp.arange(BLOCK)
     blocks = row.blocks[i]
@@ -231,7 +231,7 @@ def _sees(row: Row, i: Array, window: int) -> Array:
 
 
 def _seen(sees: Array, n: Array) -> Array:
-    """Turn n's part of it."""
+    """Iteration n's part of the mask from `_sees`."""
     width = KEY_BLOCKS * BLOCK
     return lax.dynamic_slice_in_dim(sees, n * width, width, 1)
 
@@ -239,8 +239,8 @@ def _seen(sees: Array, n: Array) -> Array:
 def _reduced(combine: Any, reduce: Any, array: Array) -> Array:
     """`reduce` over the last axis, halved to 16 first.
 
-    XLA makes vectors of the halves; a longer reduction it rewrites to windows
-    of 32, which are slower.
+    XLA vectorizes the halves, but rewrites a longer reduction to windows of
+    32, which are slower.
     """
     while array.shape[-1] > 16:
         array = combine(*jnp.split(array, 2, axis=-1))
@@ -248,7 +248,7 @@ def _reduced(combine: Any, reduce: Any, array: Array) -> Array:
 
 
 def _dot(equation: str, left: Array, right: Array) -> Array:
-    """A product in the narrower of the two types, float32 result."""
+    """Einsum in the narrower of the two dtypes, with a float32 result."""
     dtype = min(left.dtype, right.dtype, key=lambda d: d.itemsize)
     return jnp.einsum(
         equation,
@@ -272,9 +272,9 @@ def _blocks(array: Array, places: list[Array], axis: int) -> Array:
 
 
 def _add(array: Array, blocks: Array, places: list[Array]) -> Array:
-    """Add to the blocks of `array` at their places.
+    """Scatter-add blocks into `array` at their places.
 
-    What does not exist is all zeros, wherever it is added.
+    Blocks that do not exist are all zeros, wherever they are added.
     """
     parts = jnp.split(blocks, len(places), axis=1)
     for j, part in zip(places, parts, strict=True):
@@ -292,20 +292,20 @@ def attend_in_sequences(
     settings: Settings,
     splash: bool = False,
 ) -> Array:
-    """The same, on whole sequences, with a fused kernel of JAX.
+    """Attention of rows on whole sequences, by a fused kernel of JAX.
 
-    A shared prompt's attention is computed with both completions; all else of
-    the model is not.
+    The attention of a shared prompt is computed once per completion, unlike
+    the rest of the model.
 
     Args:
         query: `(rows, length, groups, queries, head)`.
         key: `(rows, length, groups, head)`.
         value: `(rows, length, groups, head)`.
-        sequence_slots: `(rows, sequences, sequence)`, places in the row.
-        row_slots: `(rows, length)`, places in the flat sequences.
+        sequence_slots: `(rows, sequences, sequence)`, positions in the row.
+        row_slots: `(rows, length)`, positions in the flat sequences.
         lengths: `(rows, sequences)`, tokens of each sequence.
         settings: The layer's scale, window and soft cap.
-        splash: Whether by TPU's splash kernel, not
+        splash: Whether to use TPU's splash kernel instead of
             `jax.nn.dot_product_attention`.
     """
     rows, length, groups, queries, head = query.shape
@@ -353,7 +353,7 @@ def _fused_attention(
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         local_window_size=(window - 1, 0) if window else None,
-        # cuDNN knows 16-bit inputs alone.
+        # cuDNN supports 16-bit inputs only.
         implementation="cudnn" if on_gpu and short else "xla",
     )
 
@@ -366,7 +366,7 @@ def _capped_attention(
     settings: Settings,
     cap: float,
 ) -> Array:
-    """Soft-capped scores, which `dot_product_attention` has not."""
+    """Attention with a soft cap, which `dot_product_attention` lacks."""
     rows, tokens, heads, head = query.shape
     groups = key.shape[2]
     query = query.reshape(rows, tokens, groups, heads // groups, head)

@@ -1,7 +1,7 @@
-"""Whole sequences' attention by JAX' splash kernel, for TPU.
+"""Attention of whole sequences by JAX' splash kernel, for TPU.
 
-It keeps no scores and knows sliding windows and soft caps. Without a TPU it is
-tested in Pallas' interpreter, and lowered for one.
+It stores no scores, and supports sliding windows and soft caps. Without a TPU
+it is tested in Pallas' interpreter, and lowered for one.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-# Of the kernel: tokens and head sizes are multiples of it.
+# The kernel needs tokens and head sizes in multiples of it.
 LANES = 128
 
 
@@ -32,9 +32,9 @@ def splash_attention(
         value: `(sequences, tokens, groups, head)`.
         lengths: `(sequences,)`, tokens of each.
         scale: Factor on the scores.
-        window: Tokens back that are seen; 0 for all.
-        soft_cap: Bound of the scores, by tanh.
-        interpret: Whether to run without a TPU, slowly.
+        window: Size of the sliding window, in tokens; 0 for none.
+        soft_cap: Bound on the scores, by tanh.
+        interpret: Whether to run in Pallas' interpreter: slow, needs no TPU.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -43,7 +43,7 @@ def splash_attention(
     length = -(-tokens // LANES) * LANES
 
     def prepare(array: Array) -> Array:
-        # Zeros add nothing to scores, and are cut off what comes out.
+        # Zeros add nothing to scores, and are sliced off the output.
         padding = [(0, 0), (0, length - tokens), (0, 0), (0, -head % LANES)]
         return jnp.transpose(jnp.pad(array, padding), (0, 2, 1, 3))
 
@@ -55,7 +55,7 @@ def splash_attention(
         attn_logits_soft_cap=soft_cap,
         interpret=interpret,
     )
-    # Padding sees padding: no token is left without any.
+    # Padding attends to padding, so that no token attends to nothing.
     is_padding = jnp.arange(length) >= lengths[:, None]
     kinds = splash.SegmentIds(*[is_padding.astype("int32")] * 2)
     query = prepare(query * scale)

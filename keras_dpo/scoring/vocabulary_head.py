@@ -1,4 +1,4 @@
-"""Hidden states x output embedding -> log-probabilities of the targets."""
+"""Log-probabilities of targets, from hidden states and output embedding."""
 
 import dataclasses
 import functools
@@ -15,16 +15,16 @@ from keras_dpo.scoring.flat_products import transposed, transposes_before
 from keras_dpo.utils.arrays import round_up
 
 Array = jax.Array
-# Tokens of a chunk, and its logits at most: 256 MiB of float32.
+# Limits of a chunk: its tokens, and its logits (256 MiB of float32).
 CHUNK_TOKENS = 256
 CHUNK_LOGITS = 2**26
 
 
 class TokenStatistics(NamedTuple):
-    """What one pass over the vocabulary says about each target token.
+    """Statistics of each target token, from one pass over the vocabulary.
 
-    All are `(..., tokens)`, float32; the optional ones are None unless asked
-    for, and carry no gradient except `log_probs`.
+    All are `(..., tokens)`, float32. The optional ones are None unless
+    requested; only `log_probs` carries a gradient.
     """
 
     log_probs: Array
@@ -40,8 +40,8 @@ class Head:
 
     Args:
         tied: Whether the kernel is `(vocabulary, hidden)`, else the reverse.
-        dtype: Of the product's inputs; it accumulates in float32.
-        soft_cap: Bound of the logits, by tanh; None for none.
+        dtype: Dtype of the product's inputs; it accumulates in float32.
+        soft_cap: Bound on the logits, by tanh; None for none.
         trained: Whether the kernel needs a gradient.
     """
 
@@ -51,19 +51,19 @@ class Head:
     trained: bool = True
 
     def logits(self, hidden: Array, kernel: Array) -> Array:
-        """`(..., vocabulary)`, float32.
+        """Logits of hidden states, `(..., vocabulary)`, float32.
 
-        Logits rounded to bfloat16 would put a log-probability up to 0.2 nats
-        off.
+        Rounding them to bfloat16 would shift a log-probability by up to 0.2
+        nats.
         """
         equation = "...h,vh->...v" if self.tied else "...h,hv->...v"
         return self._product(equation, hidden, kernel)
 
     def logits_by_word(self, hidden: Array, kernel: Array) -> Array:
-        """The same of `(tokens, hidden)`, as `(vocabulary, tokens)`.
+        """Logits of `(tokens, hidden)`, transposed to `(vocabulary, tokens)`.
 
-        Sums over the vocabulary run along whole rows so: on CPU the product
-        is as fast, and a log-sum-exp five times.
+        Sums over the vocabulary then run along whole rows: on CPU the product
+        is as fast, and a log-sum-exp five times as fast.
         """
         equation = "vh,th->vt" if self.tied else "hv,th->vt"
         return self._product(equation, kernel, hidden)
@@ -83,7 +83,7 @@ class Head:
 def read_head(
     embedding: keras.layers.ReversibleEmbedding,
 ) -> tuple[Head, Array]:
-    """The settings and the kernel of an embedding that is not quantized."""
+    """Settings and kernel of an embedding that is not quantized."""
     dtype = embedding.reverse_dtype or embedding.compute_dtype
     if dtype == "float16":
         # XLA has no float16 product that accumulates in float32 on CPU.
@@ -115,13 +115,13 @@ def token_statistics(
     wanted: Collection[str] = (),
     axis: int = -1,
 ) -> TokenStatistics:
-    """Log-probabilities of `targets` under float32 `logits`, and more.
+    """Log-probabilities of `targets` and other statistics of `logits`.
 
     Args:
         logits: `(..., tokens, vocabulary)`, float32.
         targets: `(..., tokens)`, int32.
         wanted: Names of further fields of `TokenStatistics` to fill.
-        axis: Where the vocabulary is.
+        axis: Axis of the vocabulary.
     """
     log_z = jax.nn.logsumexp(logits, axis=axis, keepdims=True)
     index = jnp.expand_dims(targets, axis)
@@ -156,13 +156,13 @@ def chunked_statistics(
 ) -> TokenStatistics:
     """`token_statistics` of rows of hidden states, a chunk at a time.
 
-    Only as many chunks are computed as hold tokens; statistics beyond are 0.
+    Only chunks that hold tokens are computed; statistics beyond them are 0.
 
     Args:
         embedding: The output embedding.
         hidden: `(rows, tokens, hidden)`.
         targets: `(rows, tokens)`, int32.
-        counts: `(rows,)`, how many of a row's tokens count.
+        counts: `(rows,)`, number of leading tokens of each row that count.
         wanted: Names of further fields of `TokenStatistics` to fill.
     """
     fields = tuple(name for name in TokenStatistics._fields if name in wanted)
@@ -185,7 +185,7 @@ def chunked_statistics(
 
 
 def chunk_size(tokens: int, vocabulary: int) -> int:
-    """Tokens of a chunk."""
+    """Tokens per chunk."""
     return min(tokens, CHUNK_TOKENS, max(CHUNK_LOGITS // vocabulary, 64))
 
 
@@ -212,7 +212,7 @@ def _over_chunks(
     fields: tuple[str, ...],
     with_slopes: bool,
 ) -> tuple[tuple[Array, ...], Array]:
-    """Statistics, and d log_prob / d hidden `(tokens, hidden)` if asked for."""
+    """Statistics, and d log_prob / d hidden `(tokens, hidden)` if requested."""
     tokens = hidden.shape[0]
     size = chunk_size(tokens, kernel.shape[0 if head.tied else 1])
     padded = round_up(tokens, size)
@@ -270,7 +270,7 @@ def _chunked_forward(
 def _chunked_backward(
     head: Head, fields: tuple[str, ...], kept: Any, gradients: Any
 ) -> Any:
-    """Gradient of the log-probs; the logits are computed again."""
+    """Gradient of the log-probs, from recomputed logits."""
     del fields
     kernel, hidden, targets, count, log_probs = kept
     gradient = gradients[0]
@@ -285,7 +285,7 @@ def _chunked_backward(
         jnp.pad(array, (0, end)) for array in (targets, log_probs, gradient)
     )
 
-    # Once, before the loop over chunks.
+    # Cast once, before the loop over chunks.
     operand = kernel.astype(head.dtype)
     turned = _turned(head, operand)
 
@@ -332,7 +332,7 @@ def _d_logits(
 
 
 def _turned(head: Head, kernel: Array) -> Array:
-    """The kernel as `_d_states` reads it."""
+    """The kernel in the layout that `_d_states` reads."""
     return transposed(kernel) if _turns(head) else kernel
 
 
@@ -341,8 +341,8 @@ def _turns(head: Head) -> bool:
 
 
 def _d_states(head: Head, d_logits: Array, kernel: Array) -> Array:
-    """`(tokens, hidden)`, in the head's number type."""
-    # Else the vocabulary first, where the kernel has it first: as it lies.
+    """Gradient of the states, `(tokens, hidden)`, in the head's dtype."""
+    # Otherwise a tied kernel is read in place, vocabulary first.
     first = head.tied and not _turns(head)
     found = jnp.einsum(
         "vh,vt->ht" if first else "hv,vt->ht",
@@ -368,7 +368,7 @@ def _rematerialized_statistics(
     targets: Array,
     fields: tuple[str, ...],
 ) -> TokenStatistics:
-    """Of a quantized embedding, through the layer itself."""
+    """Statistics with a quantized embedding, through the layer itself."""
     rows, tokens, width = hidden.shape
     size = chunk_size(rows * tokens, embedding.input_dim)
     padded = round_up(rows * tokens, size) - rows * tokens

@@ -1,5 +1,5 @@
-"""`DPOModel`, its pure steps, and the state that a run resumes from.
+"""`DPOModel`, its pure training steps, and the state a run resumes from.
 
-Knows callbacks by the base classes here; imports neither `callbacks` nor
-`runs`.
+Sees callbacks only through the base classes here; imports neither `callbacks`
+nor `runs`.
 """

@@ -1,4 +1,4 @@
-"""`AfterStep`: act between two steps without slowing the others."""
+"""`AfterStep`: callbacks that act between steps without stalling the rest."""
 
 import threading
 from typing import Any
@@ -11,34 +11,33 @@ from keras_dpo.errors import UserError
 
 
 class AfterStep(keras.callbacks.Callback):
-    """Base class: `after_step` is called once for every optimizer step.
+    """Base class whose `after_step` is called once per optimizer step.
 
-    A callback with an `on_train_batch_end` makes Keras wait for every step,
-    or, marked `async_safe`, runs in another thread while the next step already
-    deletes the state. This one acts in the training thread, at the latest
-    just before the next step, validation or the end of the epoch.
+    A callback with an `on_train_batch_end` makes Keras block on every step
+    or, if marked `async_safe`, runs in another thread while the next step is
+    already deleting the state. This one runs in the training thread, at the
+    latest just before the next step, validation or the end of the epoch.
 
-    The count is the optimizer's own: where it accumulates gradients over
-    several batches, they are one step, and updates that a
-    `LossScaleOptimizer` skips are none (for that the count is read after each
-    batch, which waits for it).
+    Steps are counted by the optimizer: batches whose gradients it accumulates
+    count as one step, and updates that a `LossScaleOptimizer` skips do not
+    count (its counter is read after each batch, which blocks on that batch).
 
     Attributes:
         step: Optimizer steps so far.
     """
 
-    # Its `on_train_batch_end` does nothing in another thread.
+    # In another thread `on_train_batch_end` is a no-op.
     async_safe = True
 
     def before_fit(self, dataset: PreferenceDataset) -> None:
         """Called once by `fit`, before training.
 
         Args:
-            dataset: The pairs that `fit` trains on, as it runs them.
+            dataset: The training pairs as prepared for `fit`.
         """
 
     def resume_settings(self) -> Any:
-        """What must be the same when a run resumes, as JSON; None: nothing."""
+        """JSON settings that must match when a run resumes; None if none."""
         return None
 
     def after_step(self, step: int) -> None:
@@ -50,9 +49,9 @@ class AfterStep(keras.callbacks.Callback):
         raise NotImplementedError
 
     def after_batch(self) -> None:
-        """Act on a finished batch, whether or not it ended a step.
+        """Act on a finished batch, whether or not it completed a step.
 
-        `self.step` counts it already; `after_step` follows.
+        `self.step` is already updated; `after_step` is called next.
         """
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -82,7 +81,7 @@ class AfterStep(keras.callbacks.Callback):
         self.finish()
 
     def finish(self) -> None:
-        """Act on the batch that has ended, unless that was done."""
+        """Process the finished batch; a no-op if that was already done."""
         if not getattr(self, "_pending", False):
             return
         self._pending = False
@@ -94,35 +93,35 @@ class AfterStep(keras.callbacks.Callback):
 
 
 class UpdateCounter:
-    """Updates that an optimizer has made, without waiting for the device.
+    """Counts an optimizer's updates without blocking on the device.
 
     Args:
-        model: A compiled model, its state in its variables.
+        model: A compiled model whose state is in its variables.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        # Of a LossScaleOptimizer.
+        # Only a LossScaleOptimizer has one.
         inner = getattr(model.optimizer, "inner_optimizer", None)
         self._may_skip = inner is not None
         optimizer = inner or model.optimizer
-        # Of a MultiOptimizer.
+        # Only a MultiOptimizer has several.
         parts = getattr(optimizer, "optimizers", [optimizer])
         self.batches_per_update = min(
             part.gradient_accumulation_steps or 1 for part in parts
         )
-        # Keras (3.15) counts batches here, and divides what it shows.
+        # Keras 3.15 counts batches here and divides in the public property.
         self._variable = optimizer._iterations
         self._batches = int(to_host(self._variable.value))
 
     @property
     def updates(self) -> int:
-        """Updates of all batches counted so far."""
+        """Updates made by the batches counted so far."""
         return self._batches // self.batches_per_update
 
     @property
     def updates_with_next_batch(self) -> int:
-        """Updates when one more batch is done, unless it is skipped."""
+        """Updates after one more batch, provided that it is not skipped."""
         return (self._batches + 1) // self.batches_per_update
 
     def count_batch(self) -> None:
@@ -133,7 +132,7 @@ class UpdateCounter:
             self._batches += 1
 
     def _value_now(self) -> Any:
-        """The optimizer's count, in the state of the step if it is there."""
+        """The optimizer's counter, read from the live step state if any."""
         state = getattr(self._model, "_jax_state", None) or {}
         values = state.get("optimizer_variables")
         if values is None or self._model._jax_state_synced:

@@ -1,4 +1,4 @@
-"""Backups on disk: what one holds, how it is read, how a run ended."""
+"""On-disk backups: their contents, reading them, and how a run ended."""
 
 import contextlib
 import dataclasses
@@ -22,27 +22,27 @@ from keras_dpo.utils.messages import say
 
 
 class Restored(NamedTuple):
-    """What a backup held beyond the variables that are assigned at once."""
+    """The part of a backup that is not assigned to variables immediately."""
 
     place: Place
     metrics: list[jax.Array]
-    # Such as the learning rate, which callbacks change.
+    # For example the learning rate, which callbacks change.
     scalars: list[tuple[keras.Variable, jax.Array]]
     callbacks: list[list[Any]]
     finished: bool
-    # Whether the policy of a finished run is the optimizer's average.
+    # Whether a finished run leaves the optimizer's average in the policy.
     end_with_average: bool = True
 
 
 class Backup(AfterStep):
-    """Base class: writes a run's state, and gives it back to a later `fit`.
+    """Base class that saves a run's state and restores it in a later `fit`.
 
-    `fit` calls `begin` before training and `end` after it, however it ends; a
-    signal that stops training calls `save` and `close` first. It is the last
-    callback of a step, so that it sees what the others did.
+    `fit` calls `begin` before training and `end` after it, even on failure; a
+    signal that stops training calls `save` and `close` first. It runs last in
+    every step, so it sees what the other callbacks did.
 
     Attributes:
-        directory: Where backups are written.
+        directory: The directory that backups are written to.
     """
 
     directory: pathlib.Path
@@ -54,49 +54,50 @@ class Backup(AfterStep):
         epochs: int,
         callbacks: Iterable[Any],
     ) -> Restored | None:
-        """Assign what the newest backup holds; return what is left to restore.
+        """Restore variables from the newest backup; return the rest of it.
 
         Args:
-            model: A compiled `DPOModel`, its reference in place.
-            dataset: The training pairs, as they are run.
-            epochs: As given to `fit`.
-            callbacks: The others, whose counts are kept.
+            model: A compiled `DPOModel` whose reference is set.
+            dataset: The training pairs as prepared for `fit`.
+            epochs: `epochs` of `fit`.
+            callbacks: The other callbacks, whose counters are saved.
 
         Returns:
-            None for a run that begins.
+            The state left to restore, or None for a new run.
         """
         raise NotImplementedError
 
     def end(self) -> None:
-        """Finish writing, and release the directory."""
+        """Finish writing and release the directory."""
         raise NotImplementedError
 
     @property
     def can_save(self) -> bool:
-        """Whether the run's state is complete at this moment."""
+        """Whether the run's state is complete at this point."""
         raise NotImplementedError
 
     def save(self) -> None:
-        """Write a backup now, unless this step has one."""
+        """Write a backup now; a no-op if this step already has one."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Wait until the last backup is written."""
+        """Block until the last backup is written."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class EndOfRun:
-    """How a run ended, beside its backups.
+    """Record of how a run ended, stored next to its backups.
 
     Args:
-        step: Of the backup that holds the end.
-        epochs: That were asked for.
+        step: Step of the final backup.
+        epochs: Number of epochs that were requested.
         ended_by: `"epochs"`, `"limit"` (`StopAfter`) or `"callback"`, such as
             EarlyStopping.
         end_with_average: Whether `use_ema` put the average in the weights.
-        history: What `fit` returned, as `training_state.callback_states`; of
-            an epoch that ended early the backup has none.
+        history: The History returned by `fit`, as
+            `training_state.callback_states`; the backup lacks that of an epoch
+            that ended early.
     """
 
     step: int
@@ -107,25 +108,25 @@ class EndOfRun:
 
     @classmethod
     def read(cls, path: pathlib.Path, step: int) -> "EndOfRun | None":
-        """The end that a step's backup holds, if it does."""
+        """The record at `path`, or None if it is not for this step."""
         if not path.exists():
             return None
         found = json.loads(path.read_text())
         return cls(**found) if found["step"] == step else None
 
     def to_json(self) -> bytes:
-        """The content of its file."""
+        """The record serialized as JSON bytes."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
     def is_final(
         self, epochs: int, updates: int, callbacks: Iterable[Any]
     ) -> bool:
-        """Whether a run of so many epochs would end there, too.
+        """Whether a run with the current settings would end here, too.
 
         Args:
-            epochs: That are asked for now.
-            updates: Optimizer steps that were made.
-            callbacks: Of now.
+            epochs: Number of epochs requested now.
+            updates: Optimizer steps done so far.
+            callbacks: The current callbacks.
         """
         if self.ended_by == "limit":
             limits = (c for c in callbacks if isinstance(c, StopAfter))
@@ -140,26 +141,26 @@ class EndOfRun:
 
 
 def why_ended(model: Any, callbacks: Iterable[Any]) -> str:
-    """What ended a run: `"epochs"`, `"limit"` or `"callback"`."""
+    """The reason a run ended: `"epochs"`, `"limit"` or `"callback"`."""
     callbacks = list(callbacks)
     if not model.stop_training:
         return "epochs"
     by_limit = any(c.has_stopped for c in callbacks if isinstance(c, StopAfter))
-    # At the same epoch's end EarlyStopping may have ended it, too.
+    # EarlyStopping may have stopped it at the end of the same epoch.
     stopped = any(getattr(c, "stopped_epoch", 0) for c in callbacks)
     return "limit" if by_limit and not stopped else "callback"
 
 
 @jax.jit
 def all_finite(arrays: list[jax.Array]) -> jax.Array:
-    """Whether every number is finite."""
+    """Whether every element of every array is finite."""
     flags = [jax.numpy.isfinite(array).all() for array in arrays]
     return jax.numpy.stack(flags).all()
 
 
 @contextlib.contextmanager
 def writing(step: int, directory: pathlib.Path) -> Iterator[None]:
-    """Say clearly that a backup cannot be written, if so."""
+    """Turn any failure to write a backup into a clear `OSError`."""
     try:
         yield
     except Exception as error:
@@ -173,7 +174,7 @@ def writing(step: int, directory: pathlib.Path) -> Iterator[None]:
 def read_backup(
     manager: Any, step: int, path: pathlib.Path, **wanted: Any
 ) -> dict[str, Any]:
-    """One named item of a backup."""
+    """Read one named item of a backup."""
     import orbax.checkpoint as orbax
 
     (name,) = wanted
@@ -188,7 +189,7 @@ def read_backup(
 
 
 def named_variables(model: Any) -> Iterator[tuple[str, Any]]:
-    """What a backup holds, by group and order."""
+    """The variables in a backup, named by group and position."""
     groups = training_state.changing_variables(model)
     for group, variables in groups.items():
         for index, variable in enumerate(variables):
@@ -196,19 +197,19 @@ def named_variables(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
-    """Steps of the whole backups in a directory, ascending."""
+    """Steps of the complete backups in a directory, ascending."""
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
 
 def name_beside(directory: pathlib.Path, number: int) -> pathlib.Path:
-    """Where earlier backups are moved to."""
+    """The path that earlier backups are moved to."""
     return directory.with_name(f"{directory.name}.earlier-{number}")
 
 
 def interval(every: int | str) -> tuple[int | None, float]:
-    """(steps, or None, seconds) between backups."""
+    """Interval between backups as (steps or None, seconds)."""
     if isinstance(every, int) and every >= 1:
         return every, np.inf
     text = str(every).strip()

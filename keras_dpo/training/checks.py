@@ -1,4 +1,4 @@
-"""What is checked, and said aloud, before training starts."""
+"""Validation and start-up messages before training starts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from keras_dpo.utils.messages import say
 
 
 def check_policy(policy: Any, reference: Any) -> None:
-    """Raise where `DPOModel` cannot be made of these two."""
+    """Raise if `DPOModel` cannot be built from this policy and reference."""
     if not isinstance(policy, keras.Model):
         raise UserTypeError(
             "`policy` must be a Keras model. Received: "
@@ -60,7 +60,7 @@ def check_reference_options(
     reference_cache: str | None,
     snapshot_dtype: str | None,
 ) -> None:
-    """Raise where an option has no effect on the chosen reference."""
+    """Raise if an option has no effect on the chosen reference."""
     if precompute_reference and reference is None:
         raise UserError(
             "precompute_reference=True needs a reference. Received: "
@@ -82,7 +82,7 @@ def check_reference_options(
         )
 
 
-# Texts on which tokenizers differ that are not the same.
+# Texts that different tokenizers encode differently.
 PROBES = (
     "What is 12 + 345?  It's 357.",
     "def f(x):\n\treturn x  # naïve café, 東京, 🙂\r\n",
@@ -91,9 +91,9 @@ PROBES = (
 
 
 def check_same_vocabulary(policy: keras.Model, reference: keras.Model) -> None:
-    """Raise where an id is one token to the policy and another to a reference.
+    """Raise if an id is one token to the policy and another to the reference.
 
-    Control tokens apart, which every checkpoint may name as it likes.
+    Control tokens are exempt: every checkpoint may name them as it likes.
     """
     ours, theirs = text_tokenizer_of(policy), text_tokenizer_of(reference)
     if ours is None or theirs is None:
@@ -111,7 +111,7 @@ def check_same_vocabulary(policy: keras.Model, reference: keras.Model) -> None:
 
 
 def check_same_ids(policy: keras.Model, reference: keras.Model) -> None:
-    """Raise where policy and reference turn a text into other ids."""
+    """Raise if policy and reference tokenize a text into different ids."""
     ours, theirs = text_tokenizer_of(policy), text_tokenizer_of(reference)
     if ours is None or theirs is None:
         return
@@ -130,7 +130,7 @@ def check_same_ids(policy: keras.Model, reference: keras.Model) -> None:
 
 
 def describe_text(preprocessor: Any) -> list[str]:
-    """Lines on the tokenizer and the chat template that a run uses."""
+    """Lines describing the tokenizer and chat template that a run uses."""
     tokenizer = getattr(preprocessor, "tokenizer", None)
     if tokenizer is None:
         return []
@@ -141,7 +141,7 @@ def describe_text(preprocessor: Any) -> list[str]:
 
 
 def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
-    """Raise where training would silently do nothing, or the wrong thing."""
+    """Raise if training would silently do nothing, or the wrong thing."""
     now = [v.path for v in policy.trainable_variables]
     if now != wrapped:
         raise UserError(
@@ -164,7 +164,7 @@ def check_trainable_variables(policy: keras.Model, wrapped: list[str]) -> None:
 
 
 def check_differentiable(policy: keras.Model) -> None:
-    """Raise where Keras gives gradients that point elsewhere."""
+    """Raise if Keras would compute wrong gradients for a layer."""
     for layer in policy._flatten_layers():
         if getattr(layer, "quantization_mode", None) is not None:
             raise UserError(
@@ -178,16 +178,16 @@ def check_differentiable(policy: keras.Model) -> None:
 def check_dataset(
     model: Any, dataset: PreferenceDataset, micro_batches: int = 1
 ) -> None:
-    """Raise where a dataset cannot go through the model.
+    """Raise if the model cannot run on a dataset.
 
     Args:
-        model: A `DPOModel` with its reference in place.
+        model: A `DPOModel` whose reference is set.
         dataset: The model's own view of the pairs.
-        micro_batches: Micro-batches of a step.
+        micro_batches: Micro-batches per step.
 
     Raises:
         ValueError: A token id is beyond the embedding, the batch does not
-            divide, or the loss needs what the data lacks.
+            divide, or the data lacks something that the loss needs.
     """
     parts = micro_batches * data_parallel_size()
     if dataset.batch_size % parts:
@@ -238,7 +238,7 @@ def check_dataset(
 
 
 def _check_positions(model: Any, dataset: PreferenceDataset) -> None:
-    """Raise where a pair is longer than a model's table of positions."""
+    """Raise if a pair is longer than a model's position embedding table."""
     models = [model.policy, *model.reference.models]
     known = [x for x in map(num_positions, models) if x is not None]
     lengths = dataset.pairs.sequence_lengths
@@ -259,7 +259,7 @@ def _check_positions(model: Any, dataset: PreferenceDataset) -> None:
 
 
 def check_one_reference(model: Any, dataset: Any) -> None:
-    """Raise where a reference model and the data both bring log-probs."""
+    """Raise if a reference model and the data both supply log-probs."""
     was_given = model._reference_was_dropped or model.reference.models
     if model.precompute_reference and was_given and dataset.has_reference:
         raise UserError(
@@ -300,7 +300,7 @@ def report_start(
     epochs: int = 1,
     print_fn: Callable[[str], None] | None = None,
 ) -> None:
-    """Say what the reference is, what is trained, and how it runs."""
+    """Print the reference, what is trained, and how it runs."""
     print_fn = print_fn or say
     reference = model._ensure_reference()
     trained = model.trainable_variables
@@ -344,14 +344,14 @@ def report_start(
 def warn_of_swapped_pairs(
     history: dict[str, list[float]], num_pairs: int
 ) -> None:
-    """Say so where training ranks the validation pairs the wrong way round.
+    """Warn if training ranks the validation pairs the wrong way round.
 
     Args:
-        history: Of `fit`.
-        num_pairs: Validation pairs.
+        history: The history returned by `fit`.
+        num_pairs: Number of validation pairs.
     """
     accuracies = history.get("val_reward_accuracy")
-    # Two standard errors of an accuracy of one half.
+    # Two standard errors below an accuracy of one half.
     if not accuracies or not accuracies[-1] < 0.5 - num_pairs**-0.5:
         return
     say(
@@ -363,14 +363,14 @@ def warn_of_swapped_pairs(
 
 
 def steps_done(optimizer: keras.Optimizer) -> int:
-    """Updates that an optimizer has made."""
+    """Number of updates an optimizer has made."""
     return int(keras.ops.convert_to_numpy(optimizer.iterations))
 
 
 def check_first_batch(model: Any, batch: dict[str, Any]) -> None:
-    """Raise where a snapshot does not give a first batch the policy's numbers.
+    """Raise if a snapshot and the policy disagree on the first batch.
 
-    At step 0 policy and reference are one: every reward must be 0.
+    At step 0 policy and reference are identical: every reward must be 0.
     """
     if not model.reference.begins_equal:
         return

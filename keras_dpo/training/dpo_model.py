@@ -84,23 +84,23 @@ class DPOModel(PreferenceSteps):
         reference: `"initial"`, a snapshot of the policy's trainable variables
             as they are now; another Keras model; `"precomputed"`, log-probs
             from the data or computed once before training; or `None`.
-        preprocessor: A `DPOPreprocessor`; `"auto"` makes one from the
+        preprocessor: A `DPOPreprocessor`; `"auto"` builds one from the
             policy's own tokenizer, if it has one.
         precompute_reference: Whether another model's log-probs are computed
-            once, before training, kept on disk and read again by the next run.
-            It then leaves memory, and cannot be synced.
-        reference_cache: The directory for them; `~/.cache/keras_dpo/reference`
-            if left out.
-        snapshot_dtype: Number type of the snapshot that `"initial"` keeps, such
-            as `"bfloat16"` for half the memory; rewards then begin near 0, not
-            at it. None: the policy's own.
-        disable_dropout: Whether dropout is off in the policy while it trains.
-            The reference never has dropout.
-        execution: Which fast paths the policy runs on; see `Execution`.
+            once before training, cached on disk and reused by later runs. The
+            model is then released from memory and cannot be synced.
+        reference_cache: Directory of that cache; defaults to
+            `~/.cache/keras_dpo/reference`.
+        snapshot_dtype: Dtype of the `"initial"` snapshot, such as
+            `"bfloat16"` for half the memory; rewards then start near 0 rather
+            than at it. Defaults to the policy's own dtype.
+        disable_dropout: Whether to disable dropout in the policy during
+            training. The reference never uses dropout.
+        execution: The fast paths that the policy may use; see `Execution`.
 
     Raises:
         ValueError: The policy has nothing to train, or the reference shares
-            its variables or has another vocabulary.
+            its variables or has a different vocabulary.
 
     Example:
 
@@ -144,7 +144,7 @@ class DPOModel(PreferenceSteps):
         )
         self.reference_cache = reference_cache
         self.snapshot_dtype = snapshot_dtype
-        # The policy's dtype policy: loss scaling follows it.
+        # The policy's dtype policy, because loss scaling depends on it.
         kwargs.setdefault("dtype", policy.dtype_policy)
         super().__init__(**kwargs)
         self.policy = policy
@@ -154,12 +154,12 @@ class DPOModel(PreferenceSteps):
         self.disable_dropout = disable_dropout
         self._execution_choice = execution or Execution()
         others = [reference] if isinstance(reference, keras.Model) else []
-        # `fit` decides on remat="auto" by the data.
+        # `fit` resolves remat="auto" from the data.
         self.resolved_execution = self._execution_choice.resolve(
             policy, others, disable_dropout
         )
         self.execution = self.resolved_execution
-        # None once training has replaced them.
+        # None after training has replaced them.
         self._initial: InitialWeights | None = InitialWeights(policy)
         self._wrapped_variables = [v.path for v in policy.trainable_variables]
         self.reference = None
@@ -171,25 +171,25 @@ class DPOModel(PreferenceSteps):
                 check_same_ids(policy, reference)
         self.preprocessor: Any = preprocessor
         if getattr(preprocessor, "tokenizer", None) is not None:
-            # `save_policy` keeps it with the policy.
+            # `save_policy` saves it with the policy.
             policy._trained_with = preprocessor
         self._set_up_state()
-        # Sorts after `policy` and `reference`: loaded last (see the class).
+        # Sorts after `policy` and `reference`, so it loads last (see class).
         self.stored_state = lora.StoredState(self)
         self.built = True
 
     def _set_up_state(self) -> None:
-        """What an uncompiled model that has not trained remembers."""
+        """Initialize the state of an uncompiled, untrained model."""
         self.preference_loss = losses.Sigmoid()
         self.gradient_accumulation_steps = 1
         self._pair_metrics = []
         self._optional_metrics = []
         self._pair_log_probs_function = None
         self._fitting = False
-        # Kept while a loss without a reference is compiled in between.
+        # Survives compiling a reference-free loss in between.
         self._snapshot: Untracked | None = None
-        # What the stored log-probs were computed from, once the weights that
-        # they came from are gone.
+        # Content hashes behind the stored log-probs; they outlive the weights
+        # that the log-probs were computed from.
         self._reference_content: dict[str, str] | None = None
         self._reference_was_dropped = False
         self._attention_windows: set[int] | None = None
@@ -204,24 +204,24 @@ class DPOModel(PreferenceSteps):
         gradient_accumulation_steps: int = 1,
         **kwargs: Any,
     ) -> None:
-        """Choose the optimizer, the loss and what to report.
+        """Configure the optimizer, the loss and the metrics.
 
         Args:
             optimizer: A Keras optimizer or its name.
             loss: A name, a `PreferenceLoss`, a function of (policy,
                 reference), or a mapping of these to weights.
-            metrics: Names of metrics beyond the usual ones: chosen_logit,
+            metrics: Names of metrics beyond the default ones: chosen_logit,
                 rejected_logit, entropy, token_accuracy, kl, chosen_length,
                 rejected_length.
-            gradient_accumulation_steps: Micro-batches that one step goes
-                through, one after the other; memory follows the micro-batch.
-                One step is one update of weights, schedule and averages.
+            gradient_accumulation_steps: Micro-batches per step, run one after
+                the other; memory scales with the micro-batch. One step is one
+                update of weights, schedule and averages.
             **kwargs: `run_eagerly`, `jit_compile`, `auto_scale_loss` of
                 `keras.Model.compile`.
 
         Raises:
-            ValueError: A trainable variable has 16 bits, an option does
-                nothing, or the loss needs what the reference cannot give.
+            ValueError: A trainable variable has 16 bits, an option has no
+                effect, or the loss needs a reference that is gone.
         """
         for name in ("loss_weights", "weighted_metrics"):
             if kwargs.get(name) is not None:
@@ -276,7 +276,7 @@ class DPOModel(PreferenceSteps):
         self.compile(**config)
 
     def _build_reference(self) -> None:
-        """Make the reference that the loss needs, or none."""
+        """Build the reference that the loss needs, if any."""
         if self.reference_choice != "model":
             replace_reference(
                 self,
@@ -288,7 +288,7 @@ class DPOModel(PreferenceSteps):
             )
 
     def _make_snapshot(self) -> Reference:
-        """The one snapshot of the initial weights, made when first needed."""
+        """The single snapshot of the initial weights, created on first use."""
         if self._snapshot is None:
             snapshot = SnapshotReference(
                 self.policy,
@@ -300,7 +300,7 @@ class DPOModel(PreferenceSteps):
         return self._snapshot.value
 
     def _initial_values(self) -> list[jax.Array]:
-        """The trainable variables' values before any training."""
+        """Values of the trainable variables before any training."""
         if self._initial is None:
             raise UserError(INITIAL_WEIGHTS_GONE)
         return self._initial.trainable_values()
@@ -338,21 +338,21 @@ class DPOModel(PreferenceSteps):
         Args:
             x: A list of records, a path, a `datasets.Dataset`, a `tf.data` or
                 grain dataset, or a `PreferenceDataset`.
-            batch_size: Pairs per step; 16 unless the dataset says otherwise.
+            batch_size: Pairs per step; the dataset's own, else 16.
             epochs: Passes through the data.
             verbose: As in `keras.Model.fit`.
             callbacks: Keras callbacks.
-            validation_data: Like `x`.
-            shuffle: Whether the order changes from epoch to epoch.
-            initial_epoch: Where to begin counting epochs; it also chooses
-                the order.
-            steps_per_epoch: Steps of an epoch; it walks on through the data.
+            validation_data: Validation pairs, in any form that `x` takes.
+            shuffle: Whether to reshuffle the pairs every epoch.
+            initial_epoch: First epoch; it also selects the shuffling order.
+            steps_per_epoch: Steps per epoch; the next one continues where it
+                stops in the data.
             validation_steps: Batches of `validation_data` to use.
             validation_batch_size: Pairs per validation batch.
             validation_freq: Epochs between validations.
 
         Raises:
-            ValueError: The data, or the first batch's self-check, is wrong.
+            ValueError: Invalid data, or the first batch fails its self-check.
         """
         self._assert_compile_called("fit")
         check_processes_share_a_mesh()
@@ -409,7 +409,7 @@ class DPOModel(PreferenceSteps):
         training: tuple[Any, int | None, bool, int | None],
         validation: tuple[Any, int | None, int | None],
     ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-        """Datasets of what `fit` was given, in batches of one size."""
+        """Build the training and validation datasets of `fit`."""
         x, batch_size, shuffle, steps = training
         train = make_dataset(x, self.preprocessor, batch_size, shuffle, steps)
         y, size, steps = validation
@@ -420,12 +420,12 @@ class DPOModel(PreferenceSteps):
         return train, make_dataset(y, self.preprocessor, size, False, steps)
 
     def _check_first_batch(self, train: PreferenceDataset) -> None:
-        """Raise where policy and reference do not begin as one."""
+        """Raise if policy and reference differ before the first step."""
         is_own = self.reference_choice == "precomputed"
         if is_own and not (
             self._reference_was_dropped or train.reference_is_summed
         ):
-            # The other references are compared by their log-probs.
+            # All other references are checked by their log-probs.
             if self._initial is None or not self._initial.are_current:
                 raise UserError(INITIAL_WEIGHTS_GONE)
         check_first_batch(self, train.make_batch(train.batch_indices(0)))
@@ -441,15 +441,15 @@ class DPOModel(PreferenceSteps):
         return_dict: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The loss and the metrics on preference pairs; see `fit` for `x`."""
+        """Compute loss and metrics on preference pairs; see `fit` for `x`."""
         self._assert_compile_called("evaluate")
         if "_use_cached_eval_dataset" not in kwargs:
             x = make_dataset(x, self.preprocessor, batch_size, False, steps)
             x = prepare(self, x)
         kwargs.pop("y", None)
         kwargs.pop("sample_weight", None)
-        # Inside `fit` the running training metrics would be lost. Copies: the
-        # step donates the originals.
+        # Validation inside `fit` would reset the running training metrics.
+        # Copied because the step donates the originals.
         saved = [jnp.copy(v.value) for v in self.metrics_variables]
         with self._weights_kept():
             results = super().evaluate(
@@ -474,13 +474,13 @@ class DPOModel(PreferenceSteps):
         steps: int | None = None,
         callbacks: Any = None,
     ) -> dict[str, np.ndarray]:
-        """Log-probs and rewards of every pair, in the order of the input.
+        """Compute log-probs and rewards of every pair, in input order.
 
         Returns:
-            `(pairs,)` arrays under the names chosen_log_prob,
-            rejected_log_prob, reference_chosen_log_prob,
-            reference_rejected_log_prob, chosen_reward, rejected_reward and
-            reward_margin, in nats. A pair that the data report dropped is NaN.
+            `(pairs,)` arrays named chosen_log_prob, rejected_log_prob,
+            reference_chosen_log_prob, reference_rejected_log_prob,
+            chosen_reward, rejected_reward and reward_margin, in nats. Pairs
+            that the data report lists as dropped are NaN.
         """
         dataset = make_dataset(x, self.preprocessor, batch_size, False, steps)
         need_an_end(dataset, "predict gives a value for every row")
@@ -493,27 +493,27 @@ class DPOModel(PreferenceSteps):
 
     @contextlib.contextmanager
     def _weights_kept(self) -> Iterator[None]:
-        """For runs that donate the weights, and change none of them."""
+        """Keep the weights across a run that donates them unchanged."""
         if self._fitting:
-            # `fit` brings its own state back.
+            # `fit` restores its own state.
             yield
             return
         with initial_weights_kept():
             try:
                 yield
             finally:
-                # After an exception Keras leaves the donated ones.
+                # After an exception Keras leaves the donated arrays in place.
                 self.jax_state_sync()
 
     def _forget_initial_weights(self) -> None:
-        """After `fit`: they are the policy's own only if no step was taken."""
+        """Drop the initial weights if `fit` has changed the policy."""
         if self._initial is not None and not self._initial.are_current:
             self._initial = None
 
     def _packing(
         self, dataset: PreferenceDataset, micro_batches: int
     ) -> Packing:
-        """Rows for the attention that the policy and reference run."""
+        """The packing that fits the policy's and reference's attention."""
         longest = dataset.longest_sequence
         if self._attention_windows is None:
             self._attention_windows = {
@@ -538,9 +538,9 @@ class DPOModel(PreferenceSteps):
     def memory_report(
         self, x: Any, *, batch_size: int | None = None
     ) -> MemoryReport:
-        """What a training step on `x` takes: bytes by what holds them, FLOPs.
+        """Report memory by category, and FLOPs, of a training step on `x`.
 
-        The step is compiled, and not run. See `fit` for `x`.
+        The step is compiled but not run. See `fit` for `x`.
         """
         self._assert_compile_called("memory_report")
         dataset = make_dataset(x, self.preprocessor, batch_size, True)
@@ -551,10 +551,10 @@ class DPOModel(PreferenceSteps):
     def precompute(
         self, x: Any, *, batch_size: int | None = None
     ) -> pathlib.Path:
-        """Compute and store the reference's log-probs of the pairs of `x`.
+        """Compute and store the reference's log-probs for the pairs of `x`.
 
-        `fit` and `evaluate` do so by themselves; a store that is there is
-        only read. Needs `precompute_reference=True`. Returns its directory.
+        `fit` and `evaluate` do this automatically; an existing store is only
+        read. Needs `precompute_reference=True`. Returns the store's directory.
         """
         if not self.precompute_reference:
             raise UserError(
@@ -575,14 +575,14 @@ class DPOModel(PreferenceSteps):
         return saving.model_from_config(cls, config)
 
     def reference_origin(self) -> dict[str, Any]:
-        """What the reference is made of; it is kept with the weights."""
+        """Provenance of the reference, saved with the weights."""
         return saving.reference_origin(self)
 
     def restore_reference_origin(self, origin: dict[str, Any]) -> None:
-        """Take `reference_origin` of the weights that were just loaded."""
+        """Restore the `reference_origin` of the weights just loaded."""
         saving.restore_reference_origin(self, origin)
 
     def summary(self, *args: Any, **kwargs: Any) -> None:
-        """Print the policy, the reference and what is trained."""
+        """Print the policy, the reference and the trained parameters."""
         self.policy.summary(*args, **kwargs)
         report_start(self, print_fn=kwargs.get("print_fn", print))

@@ -1,4 +1,4 @@
-"""One `fit`: its callbacks in order, and what a backup gives back to it."""
+"""One call of `fit`: callback order and restoring from a backup."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from keras_dpo.utils.messages import say
 
 
 class FitRun:
-    """The callbacks of one `fit`, and the state that it resumes from.
+    """The callbacks of one `fit`, and the state it resumes from.
 
     Args:
-        model: A compiled `DPOModel`, its reference in place.
-        dataset: The training pairs, as they are run.
-        epochs: As given to `fit`.
-        callbacks: As given to `fit`.
+        model: A compiled `DPOModel` whose reference is set.
+        dataset: The training pairs as prepared for `fit`.
+        epochs: `epochs` of `fit`.
+        callbacks: `callbacks` of `fit`.
 
     Attributes:
-        stop: Ends training between two steps when a signal asks for it.
-        callbacks: All of them in the order in which they act.
+        stop: Context that ends training between two steps on a signal.
+        callbacks: All callbacks, in the order in which they act.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class FitRun:
         self._backup = next((x for x in given if isinstance(x, Backup)), None)
         self._others = [x for x in given if x is not self._backup]
         self.stop = StopBetweenSteps(self._backup)
-        # A backup is written when the others have done their part of a step;
-        # Keras would put its history behind it.
+        # A backup is written after all other callbacks have handled the step;
+        # Keras would append its own History after it.
         last: list[Any] = [self.stop]
         if self._backup is not None:
             last.insert(0, self._backup)
@@ -55,7 +55,7 @@ class FitRun:
         self.callbacks = [self._position, *self._others, *last]
 
     def restore(self) -> Restored | None:
-        """Assign what the backup holds; None for a run that begins."""
+        """Restore from the backup; returns None for a new run."""
         if self._backup is not None:
             self._position.restored = self._backup.begin(
                 self._model, self._dataset, self._epochs, self._others
@@ -63,35 +63,35 @@ class FitRun:
         return self._position.restored
 
     def finished_history(self) -> keras.callbacks.History:
-        """What `fit` returned at the run's end, and the policy it left."""
+        """Restore the end of a finished run; returns the history of `fit`."""
         say("Training already finished; nothing to resume.")
         model, restored = self._model, self._position.restored
         _assign(model.metrics_variables, restored.metrics)
         model.history = keras.callbacks.History()
-        # The others have been called for the last time.
+        # The other callbacks are not called again.
         restore_callbacks([model.history], restored.callbacks)
         if restored.end_with_average:
-            # With `use_ema`, as Keras does at the end of `fit`.
+            # Keras does this at the end of `fit` under `use_ema`.
             model.optimizer.finalize_variable_values(model.trainable_variables)
             separate_averages(model)
         return model.history
 
     def end(self) -> None:
-        """Finish writing, however training ended."""
+        """Finish writing the backup, however training ended."""
         if self._backup is not None:
             self._backup.end()
 
 
 class _Position(keras.callbacks.Callback):
-    """Puts the dataset, and what a backup held, in their places.
+    """Positions the dataset and restores a backup's state.
 
-    Keras' own signal of an epoch's end miscounts. It is the first callback:
-    what it does comes before what the others do.
+    Keras' own end-of-epoch signal miscounts. This is the first callback, so it
+    acts before all others.
 
     Args:
         dataset: The training pairs.
-        callbacks: Those that the user gave, which a backup restores.
-        last: Those that come after them.
+        callbacks: The user's callbacks, whose state a backup restores.
+        last: Callbacks that run after those.
     """
 
     async_safe = True
@@ -104,7 +104,7 @@ class _Position(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.dataset = dataset
-        # What a backup held, if there was one, until it is in its place.
+        # State from a backup, if any, until it has been restored.
         self.restored: Any = None
         self.callbacks = callbacks
         self.after_steps = [
@@ -117,11 +117,11 @@ class _Position(keras.callbacks.Callback):
         if self.restored is not None:
             self.dataset.first_batch = self.restored.place.batch
             if not self.restored.place.batch:
-                # The others begin this epoch from what they had counted.
+                # The other callbacks start this epoch with restored counters.
                 self._restore()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Inside an epoch: the others had begun it before the backup."""
+        """Restore mid-epoch, after the others' `on_epoch_begin`."""
         if self.restored is not None:
             self._restore()
 
@@ -132,12 +132,12 @@ class _Position(keras.callbacks.Callback):
         self._finish_step()
 
     def _finish_step(self) -> None:
-        """Before another callback swaps the weights for their average."""
+        """Finish the step before any callback swaps in averaged weights."""
         for callback in self.after_steps:
             callback.finish()
 
     def _restore(self) -> None:
-        """Give metrics and callbacks back what they had counted, once."""
+        """Restore the state of metrics and callbacks, once."""
         restored, self.restored = self.restored, None
         model: Any = self._model
         if restored.place.batch:

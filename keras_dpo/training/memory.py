@@ -1,4 +1,4 @@
-"""What a training step needs, before it runs."""
+"""Memory and FLOPs of a training step, estimated before it runs."""
 
 import dataclasses
 import math
@@ -19,18 +19,18 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """Bytes on one device, and the work of one step.
+    """Memory per device in bytes, and the work of one step.
 
     Args:
-        policy: Of the policy's variables.
-        optimizer: Of the optimizer's.
-        reference: Of the reference's.
-        batch: Of the token ids and masks.
-        temporary: Of gradients, activations, logits: all that a step makes
-            and lets go of.
-        tokens: That a step computes, padding included.
-        real_tokens: The same without padding.
-        flops: Multiply-adds of the policy's products, twice each.
+        policy: Bytes used by the policy's variables.
+        optimizer: Bytes used by the optimizer's variables.
+        reference: Bytes used by the reference's variables.
+        batch: Bytes used by token ids and masks.
+        temporary: Bytes used by gradients, activations and logits: everything
+            that a step allocates and frees.
+        tokens: Tokens that a step processes, padding included.
+        real_tokens: Tokens that a step processes, without padding.
+        flops: FLOPs of matrix products, two per multiply-add.
     """
 
     policy: int
@@ -44,7 +44,7 @@ class MemoryReport:
 
     @property
     def peak(self) -> int:
-        """Bytes in use at once."""
+        """Peak memory in bytes: the sum of all parts."""
         return (
             self.policy
             + self.optimizer
@@ -54,7 +54,7 @@ class MemoryReport:
         )
 
     def lines(self) -> list[str]:
-        """The report as text."""
+        """The report as lines of text."""
         parts = [
             f"{name} {getattr(self, name) / MIB:,.0f}"
             for name in ("policy", "optimizer", "reference", "temporary")
@@ -69,13 +69,13 @@ class MemoryReport:
 
 
 def memory_report(model: Any, dataset: PreferenceDataset) -> MemoryReport:
-    """Compile a compiled model's training step on the longest batch, and read.
+    """Measure a training step by compiling it for the longest batch.
 
-    Nothing runs; with a compilation cache the compilation is not lost.
+    Nothing runs; with a compilation cache the compilation is reused.
 
     Args:
         model: A compiled `DPOModel`.
-        dataset: As `fit` prepares it.
+        dataset: A dataset as prepared by `fit`.
     """
     batch = longest_batch(dataset)
     if model.reference.is_stored:
@@ -112,7 +112,7 @@ def memory_report(model: Any, dataset: PreferenceDataset) -> MemoryReport:
 
 
 def longest_batch(dataset: PreferenceDataset) -> dict[str, np.ndarray]:
-    """The batch of the first pass that takes the most tokens."""
+    """The batch with the most tokens in the first pass over the data."""
 
     def size(indices: Any) -> int:
         if dataset.packing is None:
@@ -130,7 +130,7 @@ def _shapes(variables: Iterable[keras.Variable]) -> list[jax.ShapeDtypeStruct]:
 
 
 def _size(variables: Iterable[keras.Variable]) -> int:
-    """Bytes of them on one device."""
+    """Bytes that the variables take on one device."""
     return sum(
         math.prod(v.value.sharding.shard_shape(v.shape))
         * np.dtype(v.dtype).itemsize
@@ -139,7 +139,7 @@ def _size(variables: Iterable[keras.Variable]) -> int:
 
 
 def _tokens(batch: dict[str, np.ndarray]) -> tuple[int, int]:
-    """Tokens of a batch with its padding, and without."""
+    """Tokens in a batch, with and without padding."""
     if "row_ids" in batch:
         return batch["row_ids"].size, int((batch["row_segments"] >= 0).sum())
     real = batch["prompt_lengths"] + batch["completion_lengths"]
@@ -147,10 +147,10 @@ def _tokens(batch: dict[str, np.ndarray]) -> tuple[int, int]:
 
 
 def _flops(model: Any, tokens: int, scored: int) -> float:
-    """Of a step: every kernel once forward, and for its two gradients.
+    """FLOPs of a step: per kernel a forward pass and two gradients.
 
-    A frozen kernel needs one gradient less; a reference that runs is one more
-    pass forward; layers that are computed again another.
+    A frozen kernel needs one gradient less; an online reference adds a forward
+    pass, and so does rematerialization.
     """
     online = model.reference.runs_online
     embedding = getattr(
@@ -165,7 +165,7 @@ def _flops(model: Any, tokens: int, scored: int) -> float:
         passes += model.execution.rematerializes
         total += 2.0 * math.prod(variable.shape) * tokens * passes
     if embedding is not None:
-        # The chunked head computes a trained kernel's logits twice.
+        # The chunked head recomputes the logits of a trained kernel.
         passes = 2 + 2 * bool(embedding.trainable_variables) + online
         size = embedding.input_dim * embedding.output_dim
         total += 2.0 * size * scored * passes
@@ -178,7 +178,7 @@ def _flops(model: Any, tokens: int, scored: int) -> float:
 def layers_must_be_rematerialized(
     model: Any, dataset: PreferenceDataset
 ) -> bool:
-    """Whether a step's kept values would not fit the device's memory."""
+    """Whether a step's activations and gradients would not fit in memory."""
     backbone = getattr(model.policy, "backbone", None)
     if not getattr(backbone, "transformer_layers", None):
         return False
@@ -190,10 +190,10 @@ def layers_must_be_rematerialized(
 
 
 def kept_by_layers(policy: keras.Model, tokens: float) -> float:
-    """Bytes that decoder layers keep for the backward pass, estimated.
+    """Estimated bytes that decoder layers keep for the backward pass.
 
-    About three times what their products give: norms, activations and sums
-    come between.
+    About three times the outputs of their matrix products, to allow for norms,
+    activations and sums in between.
     """
     features = sum(
         _features(part)
@@ -206,7 +206,7 @@ def kept_by_layers(policy: keras.Model, tokens: float) -> float:
 
 
 def _features(layer: keras.layers.Layer) -> int:
-    """Numbers that a layer's product gives per token."""
+    """Output elements of a layer's matrix product per token."""
     shape = layer.kernel.shape
     if not isinstance(layer, keras.layers.EinsumDense):
         return shape[-1]
@@ -219,7 +219,7 @@ def _features(layer: keras.layers.Layer) -> int:
 
 
 def free_memory() -> float:
-    """Bytes that the device has left; infinite where it does not tell."""
+    """Free bytes on the device; infinite if it does not report them."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return _free_host_memory()
@@ -230,7 +230,7 @@ def free_memory() -> float:
 
 
 def _free_host_memory() -> float:
-    """With what the system would give back; infinite where it is not told."""
+    """Free host bytes, reclaimable ones included; infinite if unknown."""
     path = pathlib.Path("/proc/meminfo")
     if not path.exists():
         return math.inf
@@ -246,12 +246,12 @@ def _free_host_memory() -> float:
 def extrapolate(
     few: MemoryReport, more: MemoryReport, layers: tuple[int, int, int]
 ) -> MemoryReport:
-    """The report of a model from those of two of fewer layers.
+    """Extrapolate a model's report from those of two shallower models.
 
     Args:
-        few: Of `layers[0]` layers.
-        more: Of `layers[1]` layers.
-        layers: Of the two and of the model.
+        few: Report for `layers[0]` layers.
+        more: Report for `layers[1]` layers.
+        layers: Layer counts of the two models and of the full one.
     """
     first, second, whole = layers
     grown = {}

@@ -1,8 +1,8 @@
-"""What `fit` and `evaluate` report, as sums over sums.
+"""Metrics of `fit` and `evaluate`, each a ratio of sums.
 
-Every metric is a `keras.metrics.Mean` whose weights are the pairs' own
-weights, or the completion tokens, so a short last batch, gradient accumulation
-and sharding change nothing.
+Every metric is a `keras.metrics.Mean` weighted by the pairs' own weights or
+the completion tokens, so it is invariant to a short last batch, gradient
+accumulation and sharding.
 """
 
 from collections.abc import Collection
@@ -26,7 +26,7 @@ DEFAULT_METRICS = (
     "chosen_log_prob",
     "rejected_log_prob",
 )
-# Metric on request -> the field of TokenStatistics that it needs.
+# Optional metric -> the field of TokenStatistics that it needs.
 OPTIONAL_METRICS = {
     "chosen_logit": "mean_logit",
     "rejected_logit": "mean_logit",
@@ -39,7 +39,7 @@ OPTIONAL_METRICS = {
 
 
 def make_metrics(optional: Collection[str] = ()) -> list[keras.metrics.Mean]:
-    """The default metrics and the named optional ones.
+    """Create the default metrics and the named optional ones.
 
     Raises:
         ValueError: A name is unknown.
@@ -62,17 +62,17 @@ def pair_statistics(
     statistics: TokenStatistics,
     weight: Array,
 ) -> dict[str, Weighted]:
-    """Values and weights of every metric that the inputs can tell.
+    """Values and weights of every metric that the inputs determine.
 
     Args:
         policy: The policy's log-probs.
-        reference: The reference's; zeros without one.
-        rewards: `(pairs, 2)`.
+        reference: The reference's log-probs; zeros without a reference.
+        rewards: Rewards of shape `(pairs, 2)`.
         statistics: Fields are `(pairs, 2, tokens)` or None.
-        weight: `(pairs,)`, 0 for the rows that fill up a short batch.
+        weight: `(pairs,)`, 0 for rows that pad a short batch.
     """
     margin = rewards[:, 0] - rewards[:, 1]
-    # A tie counts one half.
+    # A tie counts as one half.
     accuracy = 0.5 * (1.0 + jnp.sign(margin))
     per_pair = {
         "chosen_reward": rewards[:, 0],
@@ -86,8 +86,8 @@ def pair_statistics(
     }
     values = {name: (value, weight) for name, value in per_pair.items()}
     tokens = policy.mask * weight[:, None, None]
-    # Schulman's k3 estimate, never negative; the tokens are the data's, not
-    # the policy's own, so it is a distance and not the true divergence.
+    # Schulman's k3 estimator, never negative. Tokens come from the data, not
+    # from the policy, so it is a distance rather than the true divergence.
     ratio = (policy.log_probs - reference.log_probs) * policy.mask
     values["kl"] = (jnp.expm1(jnp.minimum(-ratio, 80.0)) + ratio, tokens)
     if statistics.entropy is not None:

@@ -1,4 +1,4 @@
-"""From a user's dataset to the model's own view of it, ready to run."""
+"""Prepare a user's dataset for a model: checks, reference, packing."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from keras_dpo.training.memory import layers_must_be_rematerialized
 
 
 def prepare(model: Any, dataset: PreferenceDataset) -> PreferenceDataset:
-    """The model's own view of a dataset, ready to be scored."""
+    """Prepare the model's own view of a dataset for scoring."""
     view = view_of(model, dataset)
     _fill_in_reference(model, view)
     return in_rows(model, view)
@@ -33,16 +33,16 @@ def prepare_training(
     valid: PreferenceDataset | None,
     epochs: int,
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-    """The model's views of what `fit` was given, and what follows from them.
+    """Prepare the model's views of the datasets that `fit` was given.
 
-    A reference model whose log-probs are stored leaves memory, and
-    `remat="auto"` is decided.
+    Releases a reference model whose log-probs are stored, and resolves
+    `remat="auto"`.
 
     Args:
         model: A compiled `DPOModel`.
         train: The training pairs.
-        valid: The validation pairs, if there are any.
-        epochs: Epochs that row lengths are chosen for.
+        valid: The validation pairs, if any.
+        epochs: Epochs for which row lengths are chosen.
     """
     micro_batches = model.gradient_accumulation_steps
     views = [view_of(model, train, micro_batches)]
@@ -69,7 +69,7 @@ def prepare_training(
             model.resolved_execution, remat="layers" if must else "none"
         )
     if train.preprocessor.tokenizer is not None:
-        # `save_policy` keeps what the policy was trained with.
+        # `save_policy` saves the preprocessor used in training.
         model.policy._trained_with = train.preprocessor
     return train, valid
 
@@ -77,7 +77,7 @@ def prepare_training(
 def view_of(
     model: Any, dataset: PreferenceDataset, micro_batches: int = 1
 ) -> PreferenceDataset:
-    """The model's own view of a dataset, checked against the model."""
+    """The model's own view of a dataset, validated against the model."""
     model._ensure_reference()
     view = dataset.view()
     view.check(
@@ -93,14 +93,14 @@ def in_rows(
     micro_batches: int = 1,
     epochs: int = 1,
 ) -> PreferenceDataset:
-    """A view in packed rows, where the policy runs on them."""
+    """Pack a view into rows, if the policy runs on packed rows."""
     if not model.execution.in_rows:
         return view
     return view.packed(model._packing(view, micro_batches), epochs)
 
 
 def _fill_in_reference(model: Any, *views: PreferenceDataset) -> None:
-    """Give views their stored log-probs, where the reference is precomputed."""
+    """Fill in stored log-probs, if the reference is precomputed."""
     missing = [view for view in views if not view.has_reference]
     if missing and model.precompute_reference and model.reference.compares:
         fill_in_reference(model, missing)

@@ -1,4 +1,4 @@
-"""What a saved `DPOModel` holds beyond its variables."""
+"""Serialization of a `DPOModel` beyond its variables."""
 
 import copy
 from typing import Any
@@ -15,7 +15,7 @@ from keras_dpo.scoring.execution import Execution
 
 
 def config_of(model: Any) -> dict[str, Any]:
-    """The configuration that `model_from_config` makes a model of."""
+    """The configuration from which `model_from_config` rebuilds a model."""
     config: dict[str, Any] = {
         "name": model.name,
         "policy": lora.policy_config(model.policy),
@@ -38,8 +38,8 @@ def config_of(model: Any) -> dict[str, Any]:
 
 
 def model_from_config(cls: Any, config: dict[str, Any]) -> Any:
-    """A `DPOModel` of a configuration; its weights are still to come."""
-    # Keras takes the policy's config apart as it reads it.
+    """Build a `DPOModel` from its configuration, without its weights."""
+    # Keras modifies the policy's config in place while reading it.
     config = copy.deepcopy(config)
     policy = keras.saving.deserialize_keras_object(config.pop("policy"))
     lora.restore_trained_parts(policy, config.pop("trained_parts"))
@@ -55,13 +55,13 @@ def model_from_config(cls: Any, config: dict[str, Any]) -> Any:
     keeps_snapshot = config.pop("keeps_snapshot")
     model = cls(policy, preprocessor=preprocessor, **config)
     if keeps_snapshot:
-        # Its values are loaded into it.
+        # Its values are loaded later, with the weights.
         replace_reference(model, model._make_snapshot())
     return model
 
 
 def reference_origin(model: Any) -> dict[str, Any]:
-    """What the reference is made of; it is kept with the weights."""
+    """Provenance of the reference, saved with the weights."""
     return {
         "has_trained": model.has_trained,
         "has_snapshot": model.reference is not None
@@ -72,11 +72,11 @@ def reference_origin(model: Any) -> dict[str, Any]:
 
 
 def restore_reference_origin(model: Any, origin: dict[str, Any]) -> None:
-    """Take `reference_origin` of the weights that were just loaded.
+    """Restore the `reference_origin` of the weights just loaded.
 
     Raises:
-        UserError: They came with a snapshot that this model has no place
-            for, or without one that it needs.
+        UserError: The weights include a snapshot that this model has no place
+            for, or lack one that it needs.
     """
     has_snapshot = (
         model.reference is not None and model.reference.keeps_snapshot
@@ -93,10 +93,10 @@ def restore_reference_origin(model: Any, origin: dict[str, Any]) -> None:
     if not origin["has_trained"]:
         model._initial = InitialWeights(model.policy)
     if not has_snapshot:
-        # One that waits for its loss is of other weights.
+        # A snapshot kept for a later loss is of other weights.
         model._snapshot = None
     if has_snapshot and not origin["has_snapshot"]:
-        # Raises where the initial weights are not those of the file.
+        # Raises if the initial weights are not those of the file.
         values = model._initial_values()
         for variable, value in zip(
             model.reference.snapshot, values, strict=True

@@ -1,7 +1,7 @@
-"""All that a run needs to go on as if it had never stopped.
+"""The state a run needs to resume as if it had never stopped.
 
-Variables by order (the paths of two processes differ), the place in the data,
-what callbacks counted; and what must be the same for it to mean anything.
+Variables by order (their paths differ between processes), the position in the
+data, callback counters, and the settings that must match to resume.
 """
 
 import json
@@ -18,9 +18,9 @@ from keras_dpo.references.content import computed_with
 from keras_dpo.references.store import hash_weights
 from keras_dpo.training.after_step import AfterStep
 
-# Raised when states of an earlier version must not be read.
+# Incremented when states of earlier versions become unreadable.
 FORMAT = 3
-# What Keras' own callbacks count, beyond their settings.
+# Counters of Keras' own callbacks, as opposed to their settings.
 KERAS_CALLBACKS = {
     "EarlyStopping": ("wait", "best", "best_epoch", "stopped_epoch"),
     "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
@@ -31,7 +31,7 @@ KERAS_CALLBACKS = {
     ),
     "History": ("history", "epoch"),
 }
-# What to do where some settings are others, by the beginning of their path.
+# Advice for settings that differ, keyed by a regex for the start of the path.
 REMEDIES = {
     r"date ": (
         "The chat template writes the date: give the run's own, "
@@ -46,17 +46,17 @@ REMEDIES = {
 
 
 class Place(NamedTuple):
-    """Where a run stands: `batch` steps of `epoch` are done."""
+    """Position of a run: `batch` steps of `epoch` are done."""
 
     epoch: int
     batch: int
 
 
 def changing_variables(model: Any) -> dict[str, list[keras.Variable]]:
-    """The variables that training changes, in groups.
+    """The variables that training changes, by group.
 
-    Frozen kernels and a reference that nobody synced are left out: they are
-    what the run began with, which a hash holds to.
+    Frozen kernels and a reference that was never synced are left out: they
+    still hold their initial values, which a hash verifies.
     """
     fixed = {id(v) for v in fixed_variables(model)}
     return {
@@ -75,7 +75,7 @@ def fixed_variables(model: Any) -> list[keras.Variable]:
     fixed = [
         v
         for v in model.policy.weights
-        # Vectors may be running statistics.
+        # Frozen vectors may be running statistics.
         if id(v) not in trained and len(v.shape) > 1
     ]
     if not model.reference.synced:
@@ -86,7 +86,7 @@ def fixed_variables(model: Any) -> list[keras.Variable]:
 def settings(
     model: Any, dataset: PreferenceDataset, callbacks: Iterable[Any]
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on, by name."""
+    """Settings that must match for a run to resume, by name."""
     asked = [c.resume_settings() for c in callbacks if isinstance(c, AfterStep)]
     date = getattr(dataset.preprocessor, "written_date", None)
     return {
@@ -113,7 +113,7 @@ def settings(
 
 
 def variable_shapes(model: Any) -> dict[str, Any]:
-    """Shape and type of the variables that change, which must be the same."""
+    """Shapes and dtypes of the changing variables; they must match, too."""
     return {
         group: [[list(v.shape), str(v.dtype)] for v in variables]
         for group, variables in changing_variables(model).items()
@@ -123,7 +123,7 @@ def variable_shapes(model: Any) -> dict[str, Any]:
 def differences(
     found: dict[str, Any], now: dict[str, Any], inside: str = ""
 ) -> list[str]:
-    """One phrase for each thing that is not the same, named by its path."""
+    """One phrase per setting that differs, named by its path."""
     phrases = []
     for name in {**found, **now}:
         a, b = found.get(name), now.get(name)
@@ -137,7 +137,7 @@ def differences(
 
 
 def remedies(phrases: Iterable[str]) -> str:
-    """What to do about some of the differences, as sentences."""
+    """Advice on how to resolve known differences, as sentences."""
     phrases = list(phrases)
     return "".join(
         f"{remedy} "
@@ -147,12 +147,12 @@ def remedies(phrases: Iterable[str]) -> str:
 
 
 def hash_fixed(model: Any) -> str:
-    """Of the values that training does not change."""
+    """Hash of the variables that training does not change."""
     return hash_weights(fixed_variables(model))
 
 
 def callback_states(callbacks: Iterable[Any]) -> list[list[Any]]:
-    """(class name, what it counted) of every callback that counts."""
+    """(class name, state) of every callback that has state."""
     states = []
     for callback in callbacks:
         name = type(callback).__name__
@@ -170,7 +170,7 @@ def callback_states(callbacks: Iterable[Any]) -> list[list[Any]]:
 
 
 def _counted_by_keras(callback: Any) -> list[str]:
-    """What a callback counts as one of Keras' own, or a subclass of one."""
+    """Counters of a callback that is, or inherits from, one of Keras' own."""
     classes = type(callback).__mro__
     return [key for c in classes for key in KERAS_CALLBACKS.get(c.__name__, ())]
 
@@ -178,7 +178,7 @@ def _counted_by_keras(callback: Any) -> list[str]:
 def restore_callbacks(
     callbacks: Iterable[Any], states: list[list[Any]]
 ) -> None:
-    """Give callbacks their counts back, by class name and order."""
+    """Restore the state of callbacks, matched by class name and order."""
     left = list(states)
     for callback in callbacks:
         name = type(callback).__name__
@@ -201,9 +201,9 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 
 def _settings_of(item: Any) -> dict[str, Any]:
-    """A serializable object's configuration, without names.
+    """The configuration of a serializable object, without names.
 
-    Keras numbers them within a process: they are no settings.
+    Keras numbers names per process, so they are not settings.
     """
     return _plain(_without_names(keras.saving.serialize_keras_object(item)))
 
@@ -219,14 +219,14 @@ def _without_names(value: Any) -> Any:
     config = {
         key: _without_names(item)
         for key, item in value["config"].items()
-        # A number type is its name.
+        # A dtype policy is identified by its name.
         if key != "name" or name.endswith("DTypePolicy")
     }
     return {"class": name, **config}
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON reads it back."""
+    """The value after a round trip through JSON."""
     return json.loads(json.dumps(value, default=_number))
 
 

@@ -1,6 +1,7 @@
-"""The pure steps: (variables, batch) -> (loss, new variables).
+"""Pure training steps: (variables, batch) -> (loss, new variables).
 
-What Keras' JAX trainer calls, free of data handling; `DPOModel` adds that.
+These are the functions called by Keras' JAX trainer, free of data handling,
+which `DPOModel` adds.
 """
 
 from collections.abc import Collection
@@ -32,7 +33,7 @@ from keras_dpo.training.metrics import OPTIONAL_METRICS, pair_statistics
 class PreferenceSteps(keras.Model):
     """Stateless training, test and prediction steps on preference pairs.
 
-    A subclass sets what is annotated here.
+    Subclasses set the attributes annotated here.
     """
 
     policy: keras.Model
@@ -43,14 +44,14 @@ class PreferenceSteps(keras.Model):
     gradient_accumulation_steps: int
     _pair_metrics: list[keras.metrics.Mean]
     _optional_metrics: list[str]
-    # Compiled once for a loss and a reference; None where they are new.
+    # Compiled once per loss and reference; reset to None when one changes.
     _pair_log_probs_function: Any
 
-    # --- What Keras sees of the variables -------------------------------
+    # --- Variables as Keras sees them -----------------------------------
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
-        """The policy's; a reference can never become trainable."""
+        """The policy's variables; a reference can never become trainable."""
         return self.policy.trainable_variables
 
     @property
@@ -76,8 +77,8 @@ class PreferenceSteps(keras.Model):
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         if "completion_ids" in inputs:
-            # Keras' predict calls with a batch of pairs to build layers that
-            # are not built, as a preset's tokenizer never is.
+            # Keras' predict calls the model on a batch of pairs to build
+            # unbuilt layers; a preset's tokenizer is never built.
             return None
         return self.policy(inputs, training=training)
 
@@ -85,7 +86,7 @@ class PreferenceSteps(keras.Model):
 
     @property
     def _wanted(self) -> set[str]:
-        """Fields of TokenStatistics that the loss or a metric reads."""
+        """Fields of TokenStatistics that the loss or the metrics read."""
         wanted = {OPTIONAL_METRICS[name] for name in self._optional_metrics}
         if self.preference_loss.needs_squared_probs:
             wanted.add("log_sum_squared_probs")
@@ -99,11 +100,11 @@ class PreferenceSteps(keras.Model):
         training: bool,
         wanted: Collection[str] = (),
     ) -> tuple[PairLogProbs, PairLogProbs, Any, list[Array]]:
-        """Policy and reference on a batch, as a pure function.
+        """Score a batch with policy and reference, as a pure function.
 
         Returns:
             The policy's and the reference's `PairLogProbs`, the policy's
-            `TokenStatistics`, and new values of the non-trainable variables.
+            `TokenStatistics`, and the updated non-trainable variables.
         """
         variables = self.non_trainable_variables
         values = [
@@ -137,9 +138,9 @@ class PreferenceSteps(keras.Model):
     def pair_log_probs_of(
         self, batch: Batch
     ) -> tuple[PairLogProbs, PairLogProbs]:
-        """Policy and reference on a batch outside `fit`'s steps, on the host.
+        """Score a batch outside the steps of `fit`; results are on the host.
 
-        The policy with its variables' values as they are now, without dropout.
+        Uses the current values of the variables, without dropout.
         """
         if self._pair_log_probs_function is None:
 
@@ -223,7 +224,7 @@ class PreferenceSteps(keras.Model):
     def metric_totals(self) -> dict[str, tuple[float, float]]:
         """Name -> (weighted sum, sum of weights) since the epoch began.
 
-        Inside `fit` it reads the step's own state and copies nothing else.
+        Inside `fit` this reads the live step state and copies nothing else.
         """
         state = getattr(self, "_jax_state", None)
         values = (state or {}).get("metrics_variables")
@@ -232,7 +233,7 @@ class PreferenceSteps(keras.Model):
         numbers = iter(np.asarray(jax.device_get(values)).tolist())
         return {m.name: (next(numbers), next(numbers)) for m in self.metrics}
 
-    # --- The steps that Keras calls -----------------------------------------
+    # --- Steps called by Keras ----------------------------------------------
 
     def train_step(self, state: Any, data: Any) -> Any:
         trainable, non_trainable, optimizer_variables, metrics = state
@@ -301,7 +302,7 @@ class PreferenceSteps(keras.Model):
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Options that XLA compiles this model's steps with."""
+        """XLA options with which this model's steps are compiled."""
         narrow = self.execution.in_rows and transposes_before(
             self.policy.backbone.compute_dtype
         )
@@ -320,14 +321,14 @@ class PreferenceSteps(keras.Model):
             return super().make_predict_function(force)
 
     def _purge_model_variables(self, **kwargs: Any) -> None:
-        # Keras 3.15 empties the variables before a step to save memory that
-        # donation saves anyway; a first batch that fails would lose them.
+        # Keras 3.15 clears the variables before a step to save memory that
+        # donation saves anyway; a failing first batch would lose the weights.
         del kwargs
 
     def _symbolic_build(self, *args: Any, **kwargs: Any) -> None:
-        # Keras would call the policy on a batch where a layer without
-        # variables is not marked as built (preprocessors, some rotary
-        # embeddings); a `DPOModel` takes built policies only.
+        # Keras would call the policy on a batch if a layer without variables
+        # is not marked as built (preprocessors, some rotary embeddings);
+        # `DPOModel` only accepts built policies.
         del args, kwargs
 
 
@@ -336,10 +337,10 @@ def _as_batch(data: Any) -> Batch:
 
 
 def _micro_batches(batch: Batch, steps: int) -> Batch:
-    """`(pairs, ...)` -> `(steps, pairs / steps, ...)`.
+    """Split `(pairs, ...)` into `(steps, pairs / steps, ...)`.
 
-    Strided, so that a device's share of the pairs stays on the device and the
-    rows that fill up a short batch stay last.
+    The split is strided, so each device keeps its shard of the pairs and rows
+    that pad a short batch stay last.
     """
 
     def split(array: Array) -> Array:

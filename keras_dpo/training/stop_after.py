@@ -1,4 +1,4 @@
-"""`StopAfter`: a run of so many optimizer steps."""
+"""`StopAfter`: limit a run to a number of optimizer steps."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from keras_dpo.training.after_step import AfterStep
 class StopAfter(AfterStep):
     """Ends training after a number of optimizer steps.
 
-    A run that goes on from a `TrainingBackup` with a higher limit, or with
-    none, trains as if the lower one had never been. (The last update, if a
-    `LossScaleOptimizer` skips it, is missing.)
+    A run resumed from a `TrainingBackup` with a higher limit, or none, trains
+    as if the lower limit had never been set. (If a `LossScaleOptimizer` skips
+    the last update, the run ends one short.)
 
     Args:
-        steps: Optimizer steps of the whole run.
+        steps: Total optimizer steps of the run.
     """
 
     def __init__(self, steps: int) -> None:
@@ -29,13 +29,13 @@ class StopAfter(AfterStep):
         super().on_train_batch_begin(batch, logs)
         if self.is_reached(self._counter.updates_with_next_batch):
             self.has_stopped = True
-            # Keras looks after the step. Not `self.model`, which would copy
-            # the whole state.
+            # Keras checks this after the step. `self.model` would copy the
+            # whole state.
             self._model.stop_training = True
 
     def after_step(self, step: int) -> None:
-        """Nothing: Keras has stopped by now."""
+        """No-op: Keras has stopped by now."""
 
     def is_reached(self, step: int) -> bool:
-        """Whether a run ends after this optimizer step."""
+        """Whether the run ends after this optimizer step."""
         return step >= self.steps

@@ -1,4 +1,4 @@
-"""Stop between two steps, with everything in place."""
+"""Stop between two steps on a signal, with consistent state."""
 
 import os
 import signal
@@ -12,20 +12,20 @@ from keras_dpo.training.after_step import AfterStep
 from keras_dpo.training.backups import Backup
 from keras_dpo.utils.messages import say
 
-# "Try again later" of sysexits.h: the run was preempted and can go on.
+# EX_TEMPFAIL ("try again later") of sysexits.h: preempted, can be resumed.
 PREEMPTED = 75
 
 
 class StopBetweenSteps(AfterStep):
-    """Ends training after the step in which Ctrl-C or SIGTERM came.
+    """Ends training after the step in which Ctrl-C or SIGTERM arrives.
 
-    Inside a step its interruption would delete the weights that the step was
-    given. Ctrl-C raises `KeyboardInterrupt`, a second one at once; SIGTERM is
-    heeded where there is a backup to write, and ends with exit status 75. Of
-    several processes one that is told ends all of them that way.
+    Interrupting a step would lose the weights that were donated to it. Ctrl-C
+    raises `KeyboardInterrupt`, a second one immediately; SIGTERM is handled
+    only if there is a backup to write, and exits with status 75. With several
+    processes, signalling one ends all of them that way.
 
     Args:
-        backup: Written before the end, if given.
+        backup: Backup to write before the end, if any.
     """
 
     def __init__(self, backup: Backup | None = None) -> None:
@@ -38,9 +38,9 @@ class StopBetweenSteps(AfterStep):
 
     @property
     def _several(self) -> bool:
-        """Whether processes must agree on the step to end after.
+        """Whether several processes must agree on the last step.
 
-        JAX then waits for SIGTERM itself, and names a step that none of them
+        JAX then handles SIGTERM itself, and picks a step that none of them
         has passed.
         """
         return self.backup is not None and jax.process_count() > 1
@@ -58,7 +58,7 @@ class StopBetweenSteps(AfterStep):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is None:
-            # It came when training had ended, and is not forgotten.
+            # The signal arrived after training had ended; do not drop it.
             self._raise()
 
     def _receive(self, number: int, _: Any) -> None:
@@ -73,11 +73,11 @@ class StopBetweenSteps(AfterStep):
         text = (
             f"\n{signal.Signals(number).name}: ending after this step{again}\n"
         )
-        # A print may be what was interrupted.
+        # `print` is not reentrant, and may be what was interrupted.
         os.write(2, text.encode())
 
     def after_step(self, step: int) -> None:
-        """Nothing more: it need not wait for the end of an accumulation."""
+        """No-op: stopping need not wait for a whole accumulation."""
 
     def after_batch(self) -> None:
         self._batches += 1

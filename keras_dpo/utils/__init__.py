@@ -1,4 +1,4 @@
-"""Files, messages, time limits and sizes that every room needs.
+"""Shared helpers: files, messages, time limits and sizes.
 
-Imports nothing of ours but `errors`.
+Imports nothing from keras_dpo but `errors`.
 """

@@ -1,4 +1,4 @@
-"""Atomic file writes, and where files are cached."""
+"""Atomic file writes and the cache directory."""
 
 import contextlib
 import os
@@ -8,21 +8,21 @@ import socket
 
 
 def cache_directory() -> pathlib.Path:
-    """`$KERAS_DPO_CACHE`, else `~/.cache/keras_dpo`."""
+    """Cache directory: `$KERAS_DPO_CACHE`, or `~/.cache/keras_dpo`."""
     root = os.environ.get("KERAS_DPO_CACHE", "~/.cache/keras_dpo")
     return pathlib.Path(root).expanduser()
 
 
 def write_beside(path: pathlib.Path, content: bytes) -> None:
-    """Write a file beside its place, and rename it there.
+    """Write a file atomically: to a temporary sibling, then rename it.
 
-    Hosts, processes and threads that write the same file at once do not
-    disturb each other: the last rename wins.
+    Hosts, processes and threads may write the same file concurrently; the
+    last rename wins.
     """
     writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     beside = path.with_name(f"{path.name}.writing-{writer}")
     try:
-        # "x": never into a file that somebody else writes.
+        # "x" fails if another writer already has this file.
         with open(beside, "xb") as file:
             file.write(content)
             file.flush()

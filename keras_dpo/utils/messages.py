@@ -7,9 +7,9 @@ import keras
 
 
 def say(line: str) -> None:
-    """Show a line as Keras shows its own: printed, or logged.
+    """Print a line, or log it if Keras' interactive logging is off.
 
-    Of several processes the first speaks.
+    Only the first of several processes reports.
     """
     if jax.distributed.is_initialized() and jax.process_index() != 0:
         return

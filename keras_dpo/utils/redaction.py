@@ -1,4 +1,4 @@
-"""Tokens and passwords never reach a file, W&B or the report."""
+"""Redaction of tokens and passwords from files, W&B and the report."""
 
 import os
 import re
@@ -12,15 +12,15 @@ SECRET_TEXTS = re.compile(
     r"|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
     r"|(?<=[?&]token=)[^&\s]+|(?<=Signature=)[^&\s]+",
 )
-# Shorter values of the environment are words that mean nothing.
+# Shorter environment values are ordinary words, not secrets.
 LEAST_LENGTH = 8
 
 
 def without_secrets(value: Any) -> Any:
-    """The same with every secret in its texts replaced by `[hidden]`.
+    """Return `value` with every secret in its strings replaced by `[hidden]`.
 
-    What looks like a token, and the values of environment variables that are
-    named like one.
+    Secrets are strings that look like tokens, and values of environment
+    variables that are named like one.
     """
     if isinstance(value, dict):
         return {k: without_secrets(v) for k, v in value.items()}

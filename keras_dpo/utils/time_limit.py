@@ -10,19 +10,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-# How long an interrupt that is on its way is waited for, in seconds.
+# Seconds to wait for an interrupt that is already on its way.
 DELIVERY_SECONDS = 5.0
 
 
 class _Late(BaseException):
-    """Raised inside a call that is over its time.
+    """Raised inside a call that has exceeded its time limit.
 
-    No `Exception`, so that the code that is called does not catch it.
+    Not an `Exception`, so that the called code does not catch it.
     """
 
 
 class _Call:
-    """A call that is watched."""
+    """A call under watch: its thread and its deadline."""
 
     def __init__(self, seconds: float) -> None:
         self.thread = threading.get_ident()
@@ -30,19 +30,19 @@ class _Call:
 
 
 class _Watchdog(threading.Thread):
-    """Interrupts calls that are over their deadlines.
+    """Interrupts calls that have passed their deadlines.
 
-    Whoever takes a call out of `calls`, its own thread or this one, decides
-    how it ends; a dict's `pop` is atomic, so exactly one of them does.
+    Whichever thread removes a call from `calls`, its own or this one, decides
+    how it ends; `dict.pop` is atomic, so exactly one of them does.
     """
 
     def __init__(self) -> None:
         super().__init__(name="keras_dpo time limit", daemon=True)
         self.calls: dict[_Call, None] = {}
-        # No `Event`: an interrupt inside its `set` would leave its lock held,
-        # where a queue of C is whole at any time.
+        # Not an `Event`: an interrupt inside its `set` would leave its lock
+        # held, while a queue implemented in C is always consistent.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        # When this thread looks next; a call that ends later need not wake it.
+        # When this thread wakes next; later deadlines need not wake it.
         self._looks_at = math.inf
         self.start()
 
@@ -53,7 +53,7 @@ class _Watchdog(threading.Thread):
 
     def run(self) -> None:
         while True:
-            # Before the calls are listed, so that none slips through.
+            # Reset before listing the calls, so that none slips through.
             self._looks_at = math.inf
             calls, now = list(self.calls), time.monotonic()
             for call in calls:
@@ -76,17 +76,17 @@ _watchdog: _Watchdog | None = None
 
 
 def run_within(seconds: float, function: Callable[[], Result]) -> Result:
-    """The function's result, if it is there in time.
+    """Return the function's result, or raise if it takes too long.
 
-    Code of Python is interrupted between two of its instructions; a single
-    call of C is not.
+    Python code is interrupted between two bytecode instructions; a single C
+    call is not.
 
     Raises:
-        TimeoutError: It took more than `seconds`.
+        TimeoutError: The call took more than `seconds`.
     """
     global _watchdog
     watchdog = _watchdog
-    # After a fork the child has no such thread.
+    # A forked child does not inherit the thread.
     if watchdog is None or not watchdog.is_alive():
         watchdog = _watchdog = _Watchdog()
     call = _Call(seconds)
@@ -106,13 +106,13 @@ def run_within(seconds: float, function: Callable[[], Result]) -> Result:
 
 
 def _end(watchdog: _Watchdog, call: _Call) -> None:
-    """Take the call back, or wait for the interrupt that was sent to it."""
+    """Remove the call, or wait for the interrupt already sent to it."""
     if watchdog.calls.pop(call, watchdog) is None:
         return
     until = time.monotonic() + DELIVERY_SECONDS
     while time.monotonic() < until:
         time.sleep(0.001)
-    # It was lost inside the call, in code whose exceptions Python ignores.
+    # The interrupt was lost in code whose exceptions Python ignores.
     raise _Late
 
 
