@@ -7,7 +7,11 @@ import pytest
 
 from keras_dpo.data.packing import Packing, pack_batch, visible_blocks
 from keras_dpo.data.tokenized import Tokenized
-from keras_dpo.scoring.row_attention import Row, Settings, attend_in_blocks
+from keras_dpo.scoring.row_attention import (
+    AttentionSettings,
+    Row,
+    attend_in_blocks,
+)
 from keras_dpo.utils.arrays import BLOCK
 
 GROUPS, QUERIES, HEAD = 2, 3, 8
@@ -59,7 +63,7 @@ def written_out(query, key, value, seen, settings):
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 def test_values_and_gradients(window, soft_cap, share):
     row = a_row(window, share=share)
-    settings = Settings(0.4, window, soft_cap)
+    settings = AttentionSettings(0.4, window, soft_cap)
     random = np.random.default_rng(1)
     length = len(row.segments)
     query = random.standard_normal((GROUPS, QUERIES, length, HEAD))
@@ -111,7 +115,7 @@ def test_blocks_are_those_that_are_seen_and_no_more():
 
 def test_scores_are_not_kept():
     """No array of tokens x tokens, forward or backward."""
-    row, settings = a_row(), Settings(1.0)
+    row, settings = a_row(), AttentionSettings(1.0)
     length = len(row.segments)
     inputs = [
         jnp.ones((GROUPS, QUERIES, length, HEAD)),

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from keras_dpo.scoring import packed_backbone
-from keras_dpo.scoring.row_attention import Settings, attend_in_sequences
+from keras_dpo.scoring.row_attention import (
+    AttentionSettings,
+    attend_in_sequences,
+)
 from keras_dpo.scoring.splash_attention import splash_attention
 
 SEQUENCES, TOKENS, HEADS, GROUPS, HEAD = 3, 192, 4, 2, 64
@@ -75,7 +78,7 @@ def test_it_lowers_for_a_tpu():
         return jax.ShapeDtypeStruct(shape, "int32")
 
     def total(query, key, value, *places):
-        settings = Settings(0.3, 100, 2.0)
+        settings = AttentionSettings(0.3, 100, 2.0)
         output = attend_in_sequences(query, key, value, *places, settings, True)
         return jnp.sum(output.astype("float32"))
 

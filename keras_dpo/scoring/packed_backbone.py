@@ -26,8 +26,8 @@ from keras_dpo.distribution.processes import (
 from keras_dpo.scoring.execution import Execution
 from keras_dpo.scoring.flat_products import flat_einsum, flat_matmul
 from keras_dpo.scoring.row_attention import (
+    AttentionSettings,
     Row,
-    Settings,
     attend_in_blocks,
     attend_in_sequences,
 )
@@ -36,7 +36,7 @@ from keras_dpo.utils.arrays import BLOCK
 Array = jax.Array
 Batch = dict[str, Array]
 # (query, key, value, settings) -> output, in place of each layer's attention.
-AttentionFunction = Callable[[Array, Array, Array, Settings], Array]
+AttentionFunction = Callable[[Array, Array, Array, AttentionSettings], Array]
 
 
 def packed_hidden_states(
@@ -82,7 +82,9 @@ def run_backbone(
         sliding_window: int | None = None,
         soft_cap: float | None = None,
     ) -> tuple[None, Array]:
-        settings = Settings(float(scale), sliding_window or 0, soft_cap)
+        settings = AttentionSettings(
+            float(scale), sliding_window or 0, soft_cap
+        )
         tokens = query.shape[0]
         output = attention(
             query.reshape(tokens, groups, heads // groups, head),
@@ -208,12 +210,12 @@ def _simulates_mesh() -> bool:
     return jax.default_backend() == "cpu" and data_parallel_size() > 1
 
 
-def layer_settings(backbone: keras.Model) -> list[Settings]:
+def layer_settings(backbone: keras.Model) -> list[AttentionSettings]:
     """The attention settings of every decoder layer, in order."""
-    seen: list[Settings] = []
+    seen: list[AttentionSettings] = []
 
     def record(
-        query: Array, key: Array, value: Array, settings: Settings
+        query: Array, key: Array, value: Array, settings: AttentionSettings
     ) -> Array:
         seen.append(settings)
         return query
@@ -232,7 +234,7 @@ def _row_attention(batch: Batch) -> AttentionFunction:
     rows, length = batch["row_ids"].shape
 
     def attention(
-        query: Array, key: Array, value: Array, settings: Settings
+        query: Array, key: Array, value: Array, settings: AttentionSettings
     ) -> Array:
         attend = _over_sequences if "sequence_slots" in batch else _over_blocks
         q, k, v = (
@@ -245,7 +247,11 @@ def _row_attention(batch: Batch) -> AttentionFunction:
 
 
 def _over_sequences(
-    query: Array, key: Array, value: Array, batch: Batch, settings: Settings
+    query: Array,
+    key: Array,
+    value: Array,
+    batch: Batch,
+    settings: AttentionSettings,
 ) -> Array:
     rows = query.shape[0]
     tokens = batch["sequence_slots"].shape[-1]
@@ -275,7 +281,11 @@ def _attends_by_splash() -> bool:
 
 
 def _over_blocks(
-    query: Array, key: Array, value: Array, batch: Batch, settings: Settings
+    query: Array,
+    key: Array,
+    value: Array,
+    batch: Batch,
+    settings: AttentionSettings,
 ) -> Array:
     """`attend_in_blocks` row by row; on a mesh each device runs its own."""
     window = settings.window

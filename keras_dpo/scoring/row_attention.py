@@ -24,7 +24,7 @@ KEY_BLOCKS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class AttentionSettings:
     """A layer's attention settings.
 
     Args:
@@ -49,7 +49,11 @@ class Row(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_in_blocks(
-    query: Array, key: Array, value: Array, row: Row, settings: Settings
+    query: Array,
+    key: Array,
+    value: Array,
+    row: Row,
+    settings: AttentionSettings,
 ) -> Array:
     """Attention of one row, `(groups, queries, length, head)`.
 
@@ -69,7 +73,11 @@ def attend_in_blocks(
 
 
 def _forward(
-    query: Array, key: Array, value: Array, row: Row, settings: Settings
+    query: Array,
+    key: Array,
+    value: Array,
+    row: Row,
+    settings: AttentionSettings,
 ) -> tuple[Array, Any]:
     groups, queries, length, head = query.shape
     shape = (groups, queries * BLOCK)
@@ -77,13 +85,15 @@ def _forward(
     def token_block(i: Array, carry: Any) -> Any:
         output, log_sums = carry
         block = _block(query, i, 2).reshape(*shape, head)
-        sees = _sees(row, i, settings.window)
+        visible = _visible_keys(row, i, settings.window)
 
         def key_blocks(n: Array, carry: Any) -> Any:
             largest, total, sums = carry
             places = _places(row, i, n)
             keys = _blocks(key, places, 1)
-            scores, _ = _scores(block, keys, _seen(sees, n), settings)
+            scores, _ = _scores(
+                block, keys, _visible_in_iteration(visible, n), settings
+            )
             new = jnp.maximum(largest, _reduced(jnp.maximum, jnp.max, scores))
             weights = jnp.exp(scores - new[..., None])
             kept = jnp.exp(largest - new)
@@ -95,7 +105,7 @@ def _forward(
 
         largest, total, sums = lax.fori_loop(
             0,
-            _turns(row, i),
+            _num_iterations(row, i),
             key_blocks,
             (
                 # Above `MASKED`, so that tokens that see nothing give zero.
@@ -122,7 +132,7 @@ def _forward(
     return output, (query, key, value, row, output, log_sums)
 
 
-def _backward(settings: Settings, kept: Any, gradient: Array) -> Any:
+def _backward(settings: AttentionSettings, kept: Any, gradient: Array) -> Any:
     query, key, value, row, output, log_sums = kept
     groups, queries, length, head = query.shape
     shape = (groups, queries * BLOCK)
@@ -136,13 +146,15 @@ def _backward(settings: Settings, kept: Any, gradient: Array) -> Any:
         d_output = _block(gradient, i, 2).reshape(*shape, head)
         log_sum = _block(log_sums, i, 2).reshape(*shape, 1)
         mean = _block(along, i, 2).reshape(*shape, 1)
-        sees = _sees(row, i, settings.window)
+        visible = _visible_keys(row, i, settings.window)
 
         def key_blocks(n: Array, carry: Any) -> Any:
             d_block, d_key, d_value = carry
             places = _places(row, i, n)
             keys, values = (_blocks(a, places, 1) for a in (key, value))
-            scores, slope = _scores(block, keys, _seen(sees, n), settings)
+            scores, slope = _scores(
+                block, keys, _visible_in_iteration(visible, n), settings
+            )
             weights = jnp.exp(scores - log_sum)
             d_weights = _dot("gqh,gkh->gqk", d_output, values)
             d_scores = weights * (d_weights - mean) * slope * settings.scale
@@ -155,7 +167,7 @@ def _backward(settings: Settings, kept: Any, gradient: Array) -> Any:
 
         d_block, d_key, d_value = lax.fori_loop(
             0,
-            _turns(row, i),
+            _num_iterations(row, i),
             key_blocks,
             (jnp.zeros((*shape, head), "float32"), d_key, d_value),
         )
@@ -178,7 +190,7 @@ def _backward(settings: Settings, kept: Any, gradient: Array) -> Any:
 attend_in_blocks.defvjp(_forward, _backward)
 
 
-def _turns(row: Row, i: Array) -> Array:
+def _num_iterations(row: Row, i: Array) -> Array:
     """Iterations of the inner loop for token block i."""
     return -(-row.counts[i] // KEY_BLOCKS)
 
@@ -191,11 +203,11 @@ def _places(row: Row, i: Array, n: Array) -> list[Array]:
 
 
 def _scores(
-    block: Array, keys: Array, seen: Array, settings: Settings
+    block: Array, keys: Array, visible: Array, settings: AttentionSettings
 ) -> tuple[Array, Array | float]:
     """Scores of a token block and some key blocks, and the soft cap's slope.
 
-    `(groups, queries * BLOCK, keys)`; `MASKED` where nothing is seen.
+    `(groups, queries * BLOCK, keys)`; `MASKED` where nothing is visible.
     """
     scores = _dot("gqh,gkh->gqk", block, keys) * settings.scale
     slope: Array | float = 1.0
@@ -203,10 +215,10 @@ def _scores(
         bent = jnp.tanh(scores / settings.soft_cap)
         scores, slope = bent * settings.soft_cap, 1.0 - bent * bent
     queries = block.shape[1] // BLOCK
-    return jnp.where(jnp.tile(seen, (queries, 1)), scores, MASKED), slope
+    return jnp.where(jnp.tile(visible, (queries, 1)), scores, MASKED), slope
 
 
-def _sees(row: Row, i: Array, window: int) -> Array:
+def _visible_keys(row: Row, i: Array, window: int) -> Array:
     """Mask of the keys that token block i sees, `(BLOCK, blocks * BLOCK)`.
 
     Tokens see those before them in their own segment and in their prompt.
@@ -219,21 +231,21 @@ def _sees(row: Row, i: Array, window: int) -> Array:
     key_place = (blocks[:, None] * BLOCK + inside).reshape(-1)
     key_segment = row.segments[key_place]
     segment = _block(row.segments, i, 0)[:, None]
-    seen = (key_segment == segment) | (
+    visible = (key_segment == segment) | (
         key_segment == segment // SEGMENTS * SEGMENTS
     )
-    seen = seen & (segment >= 0) & jnp.repeat(exist, BLOCK)
-    seen = seen & ((i * BLOCK + inside)[:, None] >= key_place)
+    visible = visible & (segment >= 0) & jnp.repeat(exist, BLOCK)
+    visible = visible & ((i * BLOCK + inside)[:, None] >= key_place)
     if window:
         position = _block(row.positions, i, 0)[:, None]
-        seen = seen & (position - row.positions[key_place] < window)
-    return jnp.pad(seen, ((0, 0), (0, -len(blocks) % KEY_BLOCKS * BLOCK)))
+        visible = visible & (position - row.positions[key_place] < window)
+    return jnp.pad(visible, ((0, 0), (0, -len(blocks) % KEY_BLOCKS * BLOCK)))
 
 
-def _seen(sees: Array, n: Array) -> Array:
-    """Iteration n's part of the mask from `_sees`."""
+def _visible_in_iteration(visible: Array, n: Array) -> Array:
+    """Iteration n's part of the mask from `_visible_keys`."""
     width = KEY_BLOCKS * BLOCK
-    return lax.dynamic_slice_in_dim(sees, n * width, width, 1)
+    return lax.dynamic_slice_in_dim(visible, n * width, width, 1)
 
 
 def _reduced(combine: Any, reduce: Any, array: Array) -> Array:
@@ -289,7 +301,7 @@ def attend_in_sequences(
     sequence_slots: Array,
     row_slots: Array,
     lengths: Array,
-    settings: Settings,
+    settings: AttentionSettings,
     splash: bool = False,
 ) -> Array:
     """Attention of rows on whole sequences, by a fused kernel of JAX.
@@ -339,7 +351,11 @@ def attend_in_sequences(
 
 
 def _fused_attention(
-    query: Array, key: Array, value: Array, lengths: Array, settings: Settings
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array,
+    settings: AttentionSettings,
 ) -> Array:
     short = query.dtype in (jnp.bfloat16, jnp.float16)
     on_gpu = jax.default_backend() == "gpu"
@@ -363,7 +379,7 @@ def _capped_attention(
     key: Array,
     value: Array,
     lengths: Array,
-    settings: Settings,
+    settings: AttentionSettings,
     cap: float,
 ) -> Array:
     """Attention with a soft cap, which `dot_product_attention` lacks."""
@@ -374,11 +390,11 @@ def _capped_attention(
     scores = jnp.tanh(scores / cap) * cap
     place = jnp.arange(tokens)
     back = place[:, None] - place
-    seen = back >= 0
+    visible = back >= 0
     if settings.window:
-        seen = seen & (back < settings.window)
-    seen = seen & (place < lengths[:, None, None])
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
+        visible = visible & (back < settings.window)
+    visible = visible & (place < lengths[:, None, None])
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     output = _dot("bgqts,bsgh->btgqh", weights, value)
     return output.astype(value.dtype).reshape(rows, tokens, heads, head)

@@ -220,7 +220,7 @@ def _over_chunks(
     targets = jnp.pad(targets, (0, padded - tokens))
     names = ("log_probs", *fields)
     kernel = kernel.astype(head.dtype)
-    turned = _turned(head, kernel) if with_slopes else kernel
+    turned = _laid_out(head, kernel) if with_slopes else kernel
 
     def chunk(n: Array, carry: Any) -> Any:
         outputs, slopes = carry
@@ -287,7 +287,7 @@ def _chunked_backward(
 
     # Cast once, before the loop over chunks.
     operand = kernel.astype(head.dtype)
-    turned = _turned(head, operand)
+    turned = _laid_out(head, operand)
 
     def chunk(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_hidden, d_kernel = carry
@@ -331,19 +331,19 @@ def _d_logits(
     return slope
 
 
-def _turned(head: Head, kernel: Array) -> Array:
+def _laid_out(head: Head, kernel: Array) -> Array:
     """The kernel in the layout that `_d_states` reads."""
-    return transposed(kernel) if _turns(head) else kernel
+    return transposed(kernel) if _is_transposed_first(head) else kernel
 
 
-def _turns(head: Head) -> bool:
+def _is_transposed_first(head: Head) -> bool:
     return head.tied and transposes_before(head.dtype)
 
 
 def _d_states(head: Head, d_logits: Array, kernel: Array) -> Array:
     """Gradient of the states, `(tokens, hidden)`, in the head's dtype."""
     # Otherwise a tied kernel is read in place, vocabulary first.
-    first = head.tied and not _turns(head)
+    first = head.tied and not _is_transposed_first(head)
     found = jnp.einsum(
         "vh,vt->ht" if first else "hv,vt->ht",
         kernel,

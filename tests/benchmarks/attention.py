@@ -20,7 +20,7 @@ from keras_dpo.compat.compilation import compiler_options
 from keras_dpo.data.packing import Packing, pack_batch
 from keras_dpo.utils.arrays import BLOCK
 from keras_dpo.data.tokenized import Tokenized
-from keras_dpo.scoring.row_attention import Row, Settings, attend_in_blocks
+from keras_dpo.scoring.row_attention import Row, AttentionSettings, attend_in_blocks
 # Eight sequences of 512: four pairs without a shared prompt.
 pairs = [Tokenized([1], [1] * 511, [1] * 511)] * 4
 batch = pack_batch(Packing(share_prompt=False), pairs, 4, 512)
@@ -30,7 +30,7 @@ random = np.random.default_rng(0)
 query = jnp.asarray(random.standard_normal((3, 3, 4096, 64)), "float32")
 key, value = jnp.asarray(random.standard_normal((2, 3, 4096, 64)), "float32")
 step = jax.jit(jax.grad(lambda *x: attend_in_blocks(
-    *x, row, Settings(0.125)).sum(), (0, 1, 2)),
+    *x, row, AttentionSettings(0.125)).sum(), (0, 1, 2)),
     compiler_options=compiler_options("float32"))
 run = lambda: jax.block_until_ready(step(query, key, value))
 """
