@@ -20,7 +20,8 @@ from keras_dpo.compat.compilation import compiler_options
 from keras_dpo.data.packing import Packing, pack_batch
 from keras_dpo.utils.arrays import BLOCK
 from keras_dpo.data.tokenized import Tokenized
-from keras_dpo.scoring.row_attention import Row, AttentionSettings, attend_in_blocks
+from keras_dpo.scoring.row_attention import (
+    AttentionSettings, Row, attend_in_blocks)
 # Eight sequences of 512: four pairs without a shared prompt.
 pairs = [Tokenized([1], [1] * 511, [1] * 511)] * 4
 batch = pack_batch(Packing(share_prompt=False), pairs, 4, 512)
