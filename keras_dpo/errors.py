@@ -4,9 +4,9 @@
 class UserError(ValueError):
     """A user error: what is wrong, where, and how to fix it, in one line.
 
-    Everything that this package rejects on purpose is raised as this class,
-    so the command line can tell invalid input (one line, exit status 2) from a
-    bug (a traceback, exit status 1).
+    Invalid input is raised as this class, so the command line can tell it (one
+    line, exit status 2) from a bug (a traceback, exit status 1). Losses raise
+    plain `ValueError`, guards `FloatingPointError`, and failed writes `OSError`.
     """
 
 

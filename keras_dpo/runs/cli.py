@@ -42,9 +42,11 @@ FAILURES = (FloatingPointError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user error is one line and exit status 2.
+    """Run the command line.
 
-    A bug in this package raises its traceback, with Python's exit status 1.
+    A user error is one line and exit status 2; training that diverged and a
+    failed write are one line and exit status 1; Ctrl-C is exit status 130. A
+    bug in this package raises its traceback, with Python's exit status 1.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, runners = _make_parser()

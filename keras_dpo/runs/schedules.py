@@ -10,7 +10,7 @@ from keras_dpo.errors import UserError
 
 @keras.saving.register_keras_serializable(package="keras_dpo")
 class WarmupThenDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then constant, linear or cosine decay to zero.
+    """Linear warm-up, then a constant rate or a decay to zero.
 
     Args:
         peak: The highest learning rate.

@@ -53,8 +53,9 @@ class TrainingRun(NamedTuple):
 def train(config: DPOConfig) -> TrainingRun:
     """Preference-tune a policy according to a config.
 
-    Writes `config.yaml`, `metrics.jsonl`, `policy/`, `checkpoints/` and
-    `report.html` to `<save_directory>/<model_name>/`.
+    Writes `config.yaml`, `metrics.jsonl` and `report.html` to
+    `<save_directory>/<model_name>/`, and `backups/`, `checkpoints/` and
+    `policy/` where they are asked for.
 
     Raises:
         ValueError: A setting, the data or the model is wrong.
