@@ -6,7 +6,7 @@ class UserError(ValueError):
 
     Invalid input is raised as this class, so the command line can tell it (one
     line, exit status 2) from a bug (a traceback, exit status 1). Losses raise
-    plain `ValueError`, guards `FloatingPointError`, and failed writes `OSError`.
+    `ValueError`, guards `FloatingPointError`, and failed writes `OSError`.
     """
 
 
