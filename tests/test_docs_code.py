@@ -150,7 +150,13 @@ def run_python_blocks(page, workplace, reader):
 
 
 @pytest.mark.parametrize(
-    "page", [p for p, text in PAGES.items() if code_blocks(text, "python")]
+    "page",
+    [
+        page
+        for page, text in PAGES.items()
+        # The others run in `test_commands_run_in_earnest`.
+        if code_blocks(text, "python") and page not in RUN_IN_EARNEST
+    ],
 )
 @pytest.mark.slow
 def test_python_blocks_run(page, workplace, reader):
