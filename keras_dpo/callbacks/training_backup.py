@@ -105,17 +105,6 @@ class TrainingBackup(Backup):
         epochs: int,
         callbacks: Iterable[Any],
     ) -> Restored | None:
-        """Open the directory and restore variables from the newest backup.
-
-        Args:
-            model: A compiled `DPOModel` whose reference is set.
-            dataset: The training pairs as prepared for `fit`.
-            epochs: `epochs` of `fit`.
-            callbacks: The other callbacks, whose counters are saved.
-
-        Returns:
-            The state left to restore, or None for a new run.
-        """
         self._dataset, self._epochs = dataset, epochs
         self._callbacks = list(callbacks)
         for callback in self._callbacks:

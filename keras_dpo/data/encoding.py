@@ -41,9 +41,10 @@ def with_bos(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
     return [bos, *ids]
 
 
-def with_end(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
+def with_end(
+    tokenizer: TextTokenizer, control_ids: set[int], ids: list[int]
+) -> list[int]:
     """End with one end token, less whitespace that templates write after it."""
-    control_ids = set(tokenizer.control_tokens.values())
     ends = [i for i, t in enumerate(ids) if t in control_ids]
     if ends and not tokenizer.decode(ids[ends[-1] + 1 :]).strip():
         return ids[: ends[-1] + 1]

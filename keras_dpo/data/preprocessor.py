@@ -344,7 +344,9 @@ class DPOPreprocessor:
                 for _ in piece
             ]
             ids = with_end(
-                tokenizer, [token for piece in pieces for token in piece]
+                tokenizer,
+                self._control_ids,
+                [token for piece in pieces for token in piece],
             )
             scored = (scored + [True])[: len(ids)]
             completions.append(ids)

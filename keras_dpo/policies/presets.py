@@ -241,9 +241,8 @@ def _load_tokenizer(preset: str, config: dict[str, Any]) -> Any:
         source = preset
     else:
         return None
-    if (directory / "tokenizer.json").exists() and source == preset:
-        _read_json(directory / "tokenizer.json")
-    return HuggingFaceTokenizer(source).tokenizer
+    with _loadable(preset):
+        return HuggingFaceTokenizer(source).tokenizer
 
 
 def save_policy(

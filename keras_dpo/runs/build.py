@@ -122,6 +122,14 @@ def _text_options(config: DPOConfig) -> dict[str, Any]:
     }
 
 
+def validation_source(config: DPOConfig) -> tuple[Any, str] | None:
+    """Name and split of the validation pairs; None if there are none."""
+    name, split = config.validation_dataset_name, config.validation_split
+    if name is None and split is None:
+        return None
+    return name or config.dataset_name, split or "train"
+
+
 def make_datasets(
     config: DPOConfig, preprocessor: DPOPreprocessor, verbose: bool = True
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
@@ -145,17 +153,18 @@ def make_datasets(
         )
     else:
         training = PreferenceDataset(config.dataset_name, **options)
-    name = config.validation_dataset_name
-    if name is None and config.validation_split is None:
+    source = validation_source(config)
+    if source is None:
         return training, None
+    name, split = source
     size = config.evaluation_batch_size or (
         config.total_batch_size // config.gradient_accumulation_steps
     )
     validation = PreferenceDataset(
-        name or config.dataset_name,
+        name,
         batch_size=size,
         shuffle=False,
-        split=config.validation_split or "train",
+        split=split,
         **common,
     )
     shared = training.pairs.shared_prompts(validation.pairs)
@@ -196,6 +205,23 @@ def make_model(
             remat=config.remat,
         ),
     )
+
+
+def make_compiled_model(
+    config: DPOConfig,
+    policy: keras.Model,
+    preprocessor: DPOPreprocessor | None,
+    steps: int,
+    num_layers: int | None = None,
+) -> DPOModel:
+    """Build the model and compile it for a run of so many steps."""
+    model = make_model(config, policy, preprocessor, num_layers)
+    model.compile(
+        optimizer=make_optimizer(config, steps),
+        loss=config.make_loss(),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    return model
 
 
 def total_steps(config: DPOConfig, training: PreferenceDataset) -> int:

@@ -8,9 +8,7 @@ from typing import Any
 import keras
 import yaml
 
-from keras_dpo.distribution.processes import (
-    is_main_process,
-)
+from keras_dpo.distribution.processes import is_main_process
 from keras_dpo.runs.config import DPOConfig
 from keras_dpo.utils.files import write_beside
 from keras_dpo.utils.redaction import without_secrets

@@ -7,17 +7,12 @@ from keras_dpo.compat.compilation import keep_compiled
 from keras_dpo.compat.outline import variables_without_values
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.data.sources import open_rows
-from keras_dpo.distribution.processes import (
-    simulate_devices,
-)
+from keras_dpo.distribution.processes import simulate_devices
 from keras_dpo.distribution.sharding import parse_mesh
-from keras_dpo.policies.presets import (
-    count_layers,
-)
+from keras_dpo.policies.presets import count_layers
 from keras_dpo.runs.build import (
     choose_mesh,
-    make_model,
-    make_optimizer,
+    make_compiled_model,
     make_policy,
     make_preprocessor_alone,
     require,
@@ -60,11 +55,12 @@ def plan(config: DPOConfig) -> MemoryReport:
     for number in layers[:2]:
         with variables_without_values():
             policy = make_policy(config, number)
-            model = make_model(config, policy, preprocessor, number)
-            model.compile(
-                optimizer=make_optimizer(config, total_steps(config, dataset)),
-                loss=config.make_loss(),
-                gradient_accumulation_steps=config.gradient_accumulation_steps,
+            model = make_compiled_model(
+                config,
+                policy,
+                preprocessor,
+                total_steps(config, dataset),
+                number,
             )
         reports.append(model.memory_report(dataset))
     return extrapolate(reports[0], reports[1], layers)

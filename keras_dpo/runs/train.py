@@ -11,24 +11,21 @@ from keras_dpo.callbacks.generation_samples import sample_answers
 from keras_dpo.compat.compilation import keep_compiled
 from keras_dpo.data.dataset import PreferenceDataset
 from keras_dpo.distribution.locks import locked
-from keras_dpo.distribution.processes import (
-    is_main_process,
-)
+from keras_dpo.distribution.processes import is_main_process
 from keras_dpo.errors import UserError
-from keras_dpo.policies.presets import (
-    save_policy,
-)
+from keras_dpo.policies.presets import save_policy
 from keras_dpo.runs.build import (
     choose_attention,
     choose_mesh,
     make_callbacks,
+    make_compiled_model,
     make_datasets,
     make_model,
-    make_optimizer,
     make_policy,
     make_preprocessor,
     require,
     total_steps,
+    validation_source,
 )
 from keras_dpo.runs.config import DPOConfig
 from keras_dpo.runs.config_file import (
@@ -86,7 +83,7 @@ def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
     preprocessor = make_preprocessor(config, policy)
     training, validation = make_datasets(config, preprocessor)
     steps = total_steps(config, training)
-    model = _make_compiled(config, policy, preprocessor, steps)
+    model = make_compiled_model(config, policy, preprocessor, steps)
     if unset.learning_rate is None:
         _say_default_rate(config)
     prompts = sample_prompts(config, validation or training)
@@ -126,22 +123,6 @@ def _train(config: DPOConfig, directory: pathlib.Path) -> TrainingRun:
     return TrainingRun(model, history, directory)
 
 
-def _make_compiled(
-    config: DPOConfig,
-    policy: keras.Model,
-    preprocessor: Any,
-    steps: int,
-) -> DPOModel:
-    """Build the model, compiled according to the config."""
-    model = make_model(config, policy, preprocessor)
-    model.compile(
-        optimizer=make_optimizer(config, steps),
-        loss=config.make_loss(),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-    )
-    return model
-
-
 def _say_default_rate(config: DPOConfig) -> None:
     trained = "LoRA adapters" if config.lora_rank else "all weights"
     say(f"Learning rate: {config.learning_rate:g}, the default for {trained}")
@@ -164,9 +145,9 @@ def evaluate(config: DPOConfig) -> dict[str, float]:
     for line in describe_text(preprocessor):
         say(line)
     name, split = config.dataset_name, config.dataset_split
-    if config.validation_dataset_name or config.validation_split:
-        name = config.validation_dataset_name or name
-        split = config.validation_split or "train"
+    validation = validation_source(config)
+    if validation is not None:
+        name, split = validation
         say(f"Evaluating the validation pairs: {name}, {split}")
     dataset = PreferenceDataset(
         name,

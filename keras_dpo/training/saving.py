@@ -25,8 +25,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "precompute_reference": model.precompute_reference,
         "reference_cache": model.reference_cache,
         "snapshot_dtype": model.snapshot_dtype,
-        "keeps_snapshot": model.reference is not None
-        and model.reference.keeps_snapshot,
+        "keeps_snapshot": _keeps_snapshot(model),
         "execution": model._execution_choice.get_config(),
     }
     if model.reference_choice == "model":
@@ -64,8 +63,7 @@ def reference_origin(model: Any) -> dict[str, Any]:
     """Provenance of the reference, saved with the weights."""
     return {
         "has_trained": model.has_trained,
-        "has_snapshot": model.reference is not None
-        and model.reference.keeps_snapshot,
+        "has_snapshot": _keeps_snapshot(model),
         "content": model._reference_content,
         "was_dropped": model._reference_was_dropped,
     }
@@ -78,9 +76,7 @@ def restore_reference_origin(model: Any, origin: dict[str, Any]) -> None:
         UserError: The weights include a snapshot that this model has no place
             for, or lack one that it needs.
     """
-    has_snapshot = (
-        model.reference is not None and model.reference.keeps_snapshot
-    )
+    has_snapshot = _keeps_snapshot(model)
     if origin["has_snapshot"] and not has_snapshot:
         raise UserError(
             "The file holds a snapshot of the initial weights, and the "
@@ -102,3 +98,8 @@ def restore_reference_origin(model: Any, origin: dict[str, Any]) -> None:
             model.reference.snapshot, values, strict=True
         ):
             variable.assign(jnp.array(value, variable.dtype, copy=True))
+
+
+def _keeps_snapshot(model: Any) -> bool:
+    """Whether the model has a snapshot; uncompiled it has no reference yet."""
+    return model.reference is not None and model.reference.keeps_snapshot
