@@ -70,8 +70,9 @@ def check_reference_options(
     if reference_cache is not None and not is_precomputed:
         raise UserError(
             "`reference_cache` has no effect on a reference that runs "
-            f"online. Received: {reference_cache!r}. Set "
-            "precompute_reference=True or leave it out."
+            f"online. Received: {reference_cache!r}. Use "
+            'reference="precomputed", or precompute_reference=True beside a '
+            "reference model, or leave it out."
         )
     has_snapshot = reference == "initial" and not is_precomputed
     if snapshot_dtype is not None and not has_snapshot:
@@ -335,9 +336,12 @@ def report_start(
     if model.execution.rematerializes:
         print_fn("Decoder layers are rematerialized in the backward pass.")
     if reference.runs_online and epochs > 1:
+        once = 'reference="precomputed"'
+        if reference.models:
+            once = "precompute_reference=True"
         print_fn(
-            f"The reference runs in each of {epochs} epochs; with "
-            "precompute_reference=True it runs once (if it is not synced)."
+            f"The reference runs in each of {epochs} epochs; with {once} it "
+            "runs once (if it is not synced)."
         )
 
 

@@ -554,12 +554,12 @@ class DPOModel(PreferenceSteps):
         """Compute and store the reference's log-probs for the pairs of `x`.
 
         `fit` and `evaluate` do this automatically; an existing store is only
-        read. Needs `precompute_reference=True`. Returns the store's directory.
+        read. Needs a precomputed reference. Returns the store's directory.
         """
         if not self.precompute_reference:
             raise UserError(
-                "The reference runs online. Make the model with "
-                "precompute_reference=True."
+                'The reference runs online. Use reference="precomputed", or '
+                "precompute_reference=True beside a reference model."
             )
         dataset = make_dataset(x, self.preprocessor, batch_size, False)
         (directory,) = fill_in_reference(self, [view_of(self, dataset)])
